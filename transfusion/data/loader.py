@@ -1,0 +1,75 @@
+"""Batches of training, each a pure function of (seed, step): no state to save, no order to lose.
+
+    step s takes image documents s*n .. s*n + n-1, packs them by first-fit decreasing into its rows,
+    and fills every gap with text: row r gets window s*rows + r, cut to the room that is left.
+
+    | caption [image] | caption [image] | text |
+    | [image] caption | caption [image] | text |
+    | text                                     |
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from transfusion.data.documents import Corpus
+from transfusion.sequence import Batch, Format, collate, first_fit, lay_out
+
+LEAST_TEXT = 8  # a smaller gap stays padding
+
+
+@dataclass(frozen=True, eq=False)
+class Packer:
+    """Makes the batches of a run."""
+
+    corpus: Corpus
+    fmt: Format
+    seed: int
+    rows: int  # of the whole step
+    seq_len: int
+    accumulate: int = 1  # micro-batches that the rows of a step are split into
+
+    @property
+    def images_per_step(self) -> int:
+        share = self.corpus.config.image_share
+        if not share:
+            return 0
+        return max(1, int(share * self.rows * self.seq_len / self.corpus.image_document_length))
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step; documents that fit in no row (rare) wait for the next epoch."""
+        n = self.images_per_step
+        images = [lay_out(self.corpus.image_document(self.seed, step * n + i), self.fmt) for i in range(n)]
+        placed, _ = first_fit((len(s) for s in images), self.rows, self.seq_len)
+        rows = [[images[i] for i in row] for row in placed]
+        if self.corpus.works:
+            for r, row in enumerate(rows):
+                room = self.seq_len - sum(map(len, row))
+                if room >= LEAST_TEXT:
+                    documents = self.corpus.text_documents(self.seed, step * self.rows + r, room)
+                    row.extend(lay_out(d, self.fmt) for d in documents)
+        size = self.rows // self.accumulate
+        return [collate(rows[i : i + size], self.seq_len, self.fmt) for i in range(0, self.rows, size)]
+
+
+class Steps(IterableDataset):
+    """The steps from `start` to `stop`; worker w of n takes every n-th."""
+
+    def __init__(self, packer: Packer, start: int, stop: int):
+        self.packer, self.start, self.stop = packer, start, stop
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        torch.set_num_threads(1)
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step in range(self.start + first, self.stop, stride):
+            yield self.packer.batches(step)
+
+
+def load_batches(packer: Packer, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
+    """The micro-batches of each step from `start` to `stop`, prepared ahead by `workers` processes (0 = in line)."""
+    if not workers:
+        return (packer.batches(step) for step in range(start, stop))
+    return iter(DataLoader(Steps(packer, start, stop), batch_size=None, num_workers=workers, pin_memory=pin_memory))

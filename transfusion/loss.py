@@ -1,0 +1,66 @@
+"""What joins the model and the diffusion in training: noise a batch, ask the model, compare.
+
+    L = L_LM + lambda * L_diffusion                                              (Zhou et al. 2024, equation 4)
+    L_LM         mean of the cross-entropy over all text targets of the step
+    L_diffusion  mean over the numbers of an image, then over all images of the step
+
+Both come back as sums with counts, so that micro-batches and ranks add up to the step's own mean.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, sample_t, target
+from transfusion.diffusion.schedule import SCHEDULES
+from transfusion.model.transformer import Transfusion, row_mask
+from transfusion.sequence import Batch
+
+
+class Noise(NamedTuple):
+    t: Tensor  # [I] noise level of each image
+    eps: Tensor  # [N, P] standard normal
+
+
+def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, first_row: int = 0) -> Noise:
+    """The noise of a batch whose rows are rows `first_row`... of step `step`: a function of (seed, step, row) alone."""
+    device = batch.patches.device
+    generator = torch.Generator(device)
+    u, eps = [torch.zeros(0, device=device)], [batch.patches.new_zeros(0, batch.patches.shape[1])]
+    for row, (images, patches) in enumerate(zip(batch.images_in_row, batch.patches_in_row), first_row):
+        if images:
+            generator.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1))
+            u.append(torch.rand(images, generator=generator, device=device))
+            eps.append(torch.randn(patches, batch.patches.shape[1], generator=generator, device=device))
+    t = sample_t(torch.cat(u), config.t_law, config.t_shift, config.t_mean, config.t_std)
+    return Noise(t * batch.t_max, torch.cat(eps))
+
+
+class Losses(NamedTuple):
+    lm: Tensor  # [] sum over text targets, nats
+    image: Tensor  # [] sum over images of the mean squared error in the loss space
+
+
+def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
+    """[I] weighted mean squared error of each image."""
+    alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))  # [N, 1]
+    wanted = target(config.prediction, batch.patches, noise.eps, alpha, sigma)
+    weight = loss_weight(config.prediction, config.loss_space, alpha, sigma, config.det_floor)
+    error = (weight * (prediction.float() - wanted).square()).mean(1)  # [N]
+    n = torch.zeros_like(noise.t).index_add(0, batch.patch_image, torch.ones_like(error))  # patches of each image
+    return torch.zeros_like(noise.t).index_add(0, batch.patch_image, error) / n
+
+
+def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig) -> Losses:
+    """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
+    alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))
+    z = add_noise(batch.patches, noise.eps, alpha, sigma)
+    mask = row_mask(batch.document, batch.image)
+    logits, prediction = model(
+        batch.tokens, batch.place, mask, z, noise.t, batch.patch_image, batch.patch_at, batch.text_at
+    )
+    lm = F.cross_entropy(logits.float(), batch.target, reduction="sum")
+    return Losses(lm, image_errors(prediction, batch, noise, config).sum())

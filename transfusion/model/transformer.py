@@ -1,0 +1,196 @@
+"""The transformer: a Llama trunk (pre-RMSNorm, RoPE, SwiGLU, no biases, untied head) that text and patches share.
+
+    h = embed(tokens), with patches.encode(z, t) at the patch positions
+    h = h + attention(norm(h));  h = h + w2(silu(w1 x) * w3 x), x = norm(h)         for each layer
+    logits = output(norm(h)) at the text positions asked for;  predictions = patches.decode(norm(h)) at the patches
+
+The model is pure: it draws no noise, computes no loss and does not know what a prediction means.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from transfusion.model import mask as masks
+from transfusion.model.cache import Cache, LayerCache
+from transfusion.model.patches import LinearPatches
+from transfusion.model.rope import angles, rotate
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the trunk. `channels` and `patch_size` are of the latents, P = channels * patch_size^2."""
+
+    dim: int = 256
+    n_layers: int = 6
+    n_heads: int = 4
+    n_kv_heads: int = 0  # 0 = n_heads
+    ffn_dim: int = 0  # 0 = 8/3 dim, rounded up to a multiple of 256, as in Llama
+    vocab_size: int = 0  # 0 = the tokenizer's
+    patch_size: int = 2
+    channels: int = 3
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    image_positions: str = "raster"  # or "axial"
+
+    def __post_init__(self):
+        if self.dim % self.n_heads or self.head_dim % 4:
+            raise ValueError(f"dim = {self.dim} must be n_heads = {self.n_heads} heads of a multiple of 4")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.ffn_dim or -(-8 * self.dim // 3 // 256) * 256
+
+    @property
+    def patch_dim(self) -> int:
+        return self.channels * self.patch_size**2
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask, cache: LayerCache | None):
+        heads = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k, v = heads  # [B, H, L, K]
+        q, k = (rotate(norm(a).to(v.dtype), cos, sin) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            q = q.to(k.dtype)
+        attend = flex_attention if isinstance(mask, BlockMask) else F.scaled_dot_product_attention
+        out = attend(q, k, v, **{"block_mask" if attend is flex_attention else "attn_mask": mask}, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).flatten(2))  # [B, L, D]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask, cache: LayerCache | None = None):
+        h = h + self.attention(self.attention_norm(h), cos, sin, mask, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transfusion(nn.Module):
+    """Tokens, noisy patches, noise levels, places and a mask in; logits and patch predictions out."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError("model.vocab_size is 0: set it, or let `transfusion train` take it from the tokenizer")
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.patches = LinearPatches(config.dim, config.patch_dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, L]
+        place: Tensor,  # [B, L, 2]
+        mask: Tensor | BlockMask,
+        z: Tensor,  # [N, P] noisy patches
+        t: Tensor,  # [I] noise level of each image
+        patch_image: Tensor,  # [N] image of each patch
+        patch_at: Tensor,  # [N] flat position of each patch
+        text_at: Tensor,  # [M] flat positions whose next token is asked for
+        cache: list[LayerCache] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits [M, V], predictions [N, P])."""
+        h = self.tok_embeddings(tokens)  # [B, L, D]
+        if len(z):
+            patches = self.patches.encode(z, t, patch_image).to(h.dtype)
+            h = h.flatten(0, 1).index_copy(0, patch_at, patches).view_as(h)
+        cos, sin = angles(place, self.config.head_dim, self.config.rope_base)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, cos, sin, mask, None if cache is None else cache[i])
+        h = h.flatten(0, 1)
+        # heads compute only where there is a target
+        return self.output(self.norm(h[text_at])), self.patches.decode(self.norm(h[patch_at]))
+
+    def init_weights(self):
+        """Normal(0, 0.02), the two layers that write to the residual stream scaled down by sqrt(2 n_layers) (GPT-2)."""
+        nn.init.normal_(self.tok_embeddings.weight, std=0.02)
+        nn.init.normal_(self.output.weight, std=0.02)
+        self.patches.init_weights()
+        for name, p in self.layers.named_parameters():
+            if p.ndim == 1:
+                nn.init.ones_(p)
+            else:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02)
+        nn.init.ones_(self.norm.weight)
+
+    def new_cache(self, lanes: int, slots: int, dtype: torch.dtype) -> Cache:
+        """An empty cache for `lanes` sequences of at most `slots` positions."""
+        c, device = self.config, self.norm.weight.device
+        return Cache(c.n_layers, lanes, c.kv_heads, slots, c.head_dim, device=device, dtype=dtype)
+
+    def compile_layers(self):
+        """Compiles each block by itself: one compilation serves all, the rest stays open to change in shape."""
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+
+
+def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Transfusion:
+    """A model on `device` with fresh weights from torch's global generator ("meta": no weights)."""
+    with torch.device("meta"):
+        model = Transfusion(config)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        model.init_weights()
+    return model
+
+
+def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
+    """(part, number of parameters): trunk (layers and last norm), text embedding and head, patch layers."""
+    parts = {
+        "trunk": [model.layers, model.norm],
+        "text embedding and head": [model.tok_embeddings, model.output],
+        "patches": [model.patches],
+    }
+    for name, modules in parts.items():
+        yield name, sum(p.numel() for m in modules for p in m.parameters())
+
+
+def row_mask(document: Tensor, image: Tensor) -> Tensor | BlockMask:
+    """The mask of rows [B, L]: FlexAttention's where it trains (CUDA), a boolean tensor elsewhere."""
+    return (masks.block_mask if document.is_cuda else masks.dense_mask)(document, image)

@@ -1,0 +1,108 @@
+"""What a run is: its config, and the folder that it leaves.
+
+    RUN/config.toml       the resolved config          RUN/metrics.jsonl   one line a logged step
+    RUN/tokenizer.json    the tokenizer used           RUN/samples/*.png   drawings at intervals
+    RUN/checkpoints/step_00001000/                     the last few, each complete or absent
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from transfusion.data.documents import DataConfig
+from transfusion.diffusion.objective import DiffusionConfig
+from transfusion.diffusion.solver import SOLVERS
+from transfusion.metrics import MetricsConfig
+from transfusion.model.transformer import ModelConfig
+from transfusion.optim import OptimConfig
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. A step takes `rows` rows of `seq_len` positions, in `accumulate` micro-batches."""
+
+    steps: int = 1000
+    minutes: float = 0.0  # if > 0, `steps` is set at the start to what fits into these minutes on this machine
+    rows: int = 32
+    seq_len: int = 256
+    accumulate: int = 1
+    image_weight: float = 5.0  # lambda
+    precision: str = "auto"  # bf16 = autocast with fp32 master weights; auto = bf16 where the hardware multiplies it
+    compile: bool = False  # torch.compile, block by block
+    log_every: int = 10  # steps, as all that follow; 0 = never
+    sample_every: int = 0
+    save_every: int = 500
+    keep: int = 2  # checkpoints
+    max_bad_steps: int = 5  # stop after so many non-finite steps in a row
+
+    def __post_init__(self):
+        for name in ("steps", "rows", "seq_len", "accumulate", "max_bad_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: it must be at least 1")
+        if self.rows % self.accumulate:
+            raise ValueError(f"train.rows = {self.rows} is not a multiple of train.accumulate = {self.accumulate}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"train.precision = {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How the engine samples unless it is told otherwise."""
+
+    steps: int = 50  # of the solver
+    solver: str = "ddim"
+    guidance: float = 3.0  # 1 = none
+    t_shift: float = 1.0  # > 1 spends more of the steps on noisy images
+    temperature: float = 1.0  # of text; 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    max_tokens: int = 256
+    max_images: int = 1
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"sample.solver = {self.solver!r}: choose one of {', '.join(SOLVERS)}")
+        if self.steps < 1:
+            raise ValueError(f"sample.steps = {self.steps}: at least 1 step leads from noise to an image")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError("sampling wants temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    seed: int = 0
+    device: str = "auto"  # auto = cuda, mps or cpu, the first that is there
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def pick_device(name: str) -> str:
+    """The device of a name; "auto" is the first of cuda, mps and cpu that is there."""
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device = {name!r} is not to be had here ({str(error).splitlines()[0]}): try device=cpu") from None
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16: "auto" says yes where the hardware has instructions for them."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -1,0 +1,241 @@
+"""The contract: documents of text and images in, rows of positions out. Everything else is a function from or to this.
+
+    document   [Text "a red apple", Image 2x2 patches, Text "<eos>"]
+    tokens     <bos> a red apple <boi> # # # # <eoi> <eos>       # = <patch>, a filler that no loss ever names
+    image       .    .  .    .     .   0 0 0 0   .     .         which image the position is a patch of (. = none, -1)
+    target      a red apple <boi>  .   . . . . <eos>   .         next token, where it is to be learned (. = none, -1)
+
+Loss masks (Zhou et al. 2024, section 3): no LM loss where the input is BOI or a patch, so EOI is never a target (the
+decoder appends it); BOI is one. `lay_out` is the only place that writes a sequence, for training and for generation.
+
+Dimensions: B rows, L positions, I images, N patches of all images together, P numbers in a patch, C h w a latent.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGE_POSITIONS = ("raster", "axial")
+NONE = -1  # no image, no target, no document (padding)
+
+
+@dataclass(frozen=True)
+class Special:
+    """Token ids that are not text."""
+
+    pad: int
+    bos: int
+    eos: int
+    boi: int
+    eoi: int
+    patch: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a sequence depends on besides its document.
+
+    `image_positions`: "raster" numbers patches like text, one after the other; "axial" gives patch (row, column) of an
+    image that starts at p the pair (p + row, p + column), and the text after it goes on behind the larger side.
+    """
+
+    special: Special
+    patch_size: int
+    image_positions: str = "raster"
+
+    def __post_init__(self):
+        if self.image_positions not in IMAGE_POSITIONS:
+            raise ValueError(f"image_positions = {self.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A stretch of token ids."""
+
+    ids: np.ndarray  # [n] int
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image as the codec's latents; its noise level in training is drawn below `t_max` (the noise limit)."""
+
+    latents: np.ndarray  # [C, h, w] float32
+    t_max: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """One document, position by position."""
+
+    tokens: np.ndarray  # [n] int64
+    image: np.ndarray  # [n] int64, number of the image within the document, or NONE
+    place: np.ndarray  # [n, 2] int64, rotary coordinates: equal for text, (row, column) in an axial image
+    target: np.ndarray  # [n] int64, the token to predict here, or NONE
+    patches: np.ndarray  # [N, P] float32, clean, in raster order
+    t_max: np.ndarray  # [I] float32
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def next_place(self) -> int:
+        """The rotary coordinate of a text token that would follow."""
+        return int(self.place.max()) + 1 if len(self) else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows of L positions and, side by side, the N patches of their I images in the order of their positions."""
+
+    tokens: Tensor  # [B, L] int64
+    document: Tensor  # [B, L] int32, number of the document within its row, NONE for padding
+    image: Tensor  # [B, L] int32, number of the image within the batch, or NONE
+    place: Tensor  # [B, L, 2] int32
+    text_at: Tensor  # [M] int64, flat positions (of B * L) that have a target ...
+    target: Tensor  # [M] int64, ... and the targets
+    patch_at: Tensor  # [N] int64, flat positions of the patches
+    patch_image: Tensor  # [N] int64, the image that each patch belongs to
+    patches: Tensor  # [N, P] float32, clean
+    t_max: Tensor  # [I] float32
+    images_in_row: tuple[int, ...]  # [B], on the host
+    patches_in_row: tuple[int, ...]  # [B], on the host
+
+    @property
+    def n_targets(self) -> int:
+        return self.target.numel()
+
+    @property
+    def n_images(self) -> int:
+        return self.t_max.numel()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`; the copies overlap the host's work where the memory is pinned."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, Tensor)})
+
+
+def patchify(latents: np.ndarray, k: int) -> np.ndarray:
+    """[N, P] patches of k x k latent cells, raster order, P = k * k * C with the channel last."""
+    c, h, w = latents.shape
+    if h % k or w % k:
+        raise ValueError(f"an image of {h} x {w} latent cells does not divide into {k} x {k} patches: resize it")
+    return latents.reshape(c, h // k, k, w // k, k).transpose(1, 3, 2, 4, 0).reshape(-1, k * k * c)
+
+
+def unpatchify(patches: np.ndarray, k: int, h: int, w: int) -> np.ndarray:
+    """[C, h, w] latents of [N, P] patches: the inverse of `patchify`."""
+    c = patches.shape[1] // (k * k)
+    return patches.reshape(h // k, w // k, k, k, c).transpose(4, 0, 2, 1, 3).reshape(c, h, w)
+
+
+def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
+    """The sequence of a document: text as it is, each image as `<boi> patches <eoi>`."""
+    special = fmt.special
+    tokens, image, place, patches, t_max = [], [], [], [], []
+    at, n_images = 0, 0
+
+    def add_tokens(ids):
+        nonlocal at
+        tokens.append(np.asarray(ids, np.int64))
+        image.append(np.full(len(ids), NONE))
+        place.append(np.repeat(np.arange(at, at + len(ids))[:, None], 2, 1))
+        at += len(ids)
+
+    for segment in document:
+        if isinstance(segment, Text):
+            add_tokens(segment.ids)
+            continue
+        add_tokens([special.boi])
+        rows, columns = (side // fmt.patch_size for side in segment.latents.shape[1:])
+        n = rows * columns
+        patches.append(patchify(segment.latents, fmt.patch_size))
+        tokens.append(np.full(n, special.patch))
+        image.append(np.full(n, n_images))
+        if fmt.image_positions == "raster":
+            place.append(np.repeat(np.arange(at, at + n)[:, None], 2, 1))
+            at += n
+        else:
+            place.append(at + np.indices((rows, columns)).reshape(2, -1).T)
+            at += max(rows, columns)
+        t_max.append(segment.t_max)
+        n_images += 1
+        add_tokens([special.eoi])
+
+    tokens, image = np.concatenate(tokens or [np.zeros(0, np.int64)]), np.concatenate(image or [np.zeros(0, np.int64)])
+    target = np.append(tokens[1:], NONE)[: len(tokens)]
+    target[(image != NONE) | (tokens == special.boi)] = NONE
+    return Sequence(
+        tokens=tokens,
+        image=image,
+        place=np.concatenate(place or [np.zeros((0, 2), np.int64)]),
+        target=target,
+        patches=np.concatenate(patches).astype(np.float32) if patches else np.zeros((0, 0), np.float32),
+        t_max=np.asarray(t_max, np.float32),
+    )
+
+
+def length(n_tokens: int, grids: Iterable[tuple[int, int]] = ()) -> int:
+    """Positions of a document with `n_tokens` of text and images of (rows, columns) patches."""
+    return n_tokens + sum(rows * columns + 2 for rows, columns in grids)
+
+
+def first_fit(lengths: Iterable[int], rows: int, seq_len: int) -> tuple[list[list[int]], list[int]]:
+    """(which items stand in each row, which fit in none): first-fit decreasing bin packing; ties keep their order."""
+    lengths = list(lengths)
+    placed, free, left_over = [[] for _ in range(rows)], [seq_len] * rows, []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r in range(rows) if free[r] >= lengths[i]), None)
+        if row is None:
+            left_over.append(i)
+        else:
+            placed[row].append(i)
+            free[row] -= lengths[i]
+    return placed, left_over
+
+
+def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
+    """The batch of packed rows; positions behind a row's last document are padding and see only padding."""
+    B, L = len(rows), seq_len
+    tokens = np.full((B, L), fmt.special.pad, np.int64)
+    document, image = np.full((B, L), NONE, np.int32), np.full((B, L), NONE, np.int32)
+    place, target = np.zeros((B, L, 2), np.int32), np.full((B, L), NONE, np.int64)
+    patches, t_max, images_in_row, patches_in_row = [], [], [], []
+    n_images = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for d, s in enumerate(row):
+            end = at + len(s)
+            assert end <= L, f"row {r} holds {end} positions, more than seq_len = {L}"
+            tokens[r, at:end], document[r, at:end], place[r, at:end], target[r, at:end] = s.tokens, d, s.place, s.target
+            image[r, at:end] = np.where(s.image == NONE, NONE, s.image + n_images)
+            n_images += len(s.t_max)
+            if len(s.t_max):
+                patches.append(s.patches)
+                t_max.append(s.t_max)
+            at = end
+        images_in_row.append(sum(len(s.t_max) for s in row))
+        patches_in_row.append(sum(len(s.patches) for s in row))
+    flat_image, flat_target = image.reshape(-1), target.reshape(-1)
+    patch_at, text_at = np.flatnonzero(flat_image != NONE), np.flatnonzero(flat_target != NONE)
+    tensor = torch.from_numpy
+    return Batch(
+        tokens=tensor(tokens),
+        document=tensor(document),
+        image=tensor(image),
+        place=tensor(place),
+        text_at=tensor(text_at),
+        target=tensor(flat_target[text_at]),
+        patch_at=tensor(patch_at),
+        patch_image=tensor(flat_image[patch_at].astype(np.int64)),
+        patches=tensor(np.concatenate(patches)) if patches else torch.zeros(0, 0),
+        t_max=tensor(np.concatenate(t_max)) if t_max else torch.zeros(0),
+        images_in_row=tuple(images_in_row),
+        patches_in_row=tuple(patches_in_row),
+    )
