@@ -121,6 +121,23 @@ def test_mistake_gets_one_line_with_its_full_name(override, message):
     assert str(error.value) == message
 
 
+def test_error_of_a_class_that_names_its_place_is_not_named_twice():
+    @dataclass(frozen=True)
+    class Train:
+        steps: int = 1
+
+        def __post_init__(self):
+            if self.steps < 1:
+                raise ValueError(f"train.steps = {self.steps}: it must be at least 1")
+
+    @dataclass(frozen=True)
+    class Outer:
+        train: Train = Train()
+
+    with pytest.raises(ValueError, match=r"^train.steps = 0: it must be at least 1$"):
+        load_config(Outer, None, ["train.steps=0"])
+
+
 def test_override_inside_a_plain_value_is_refused():
     with pytest.raises(ValueError, match="steps is a value, it has no names inside"):
         load_config(Run, None, ["steps=1", "steps.x=2"])

@@ -150,8 +150,9 @@ def build_dataclass(cls: type, data: dict[str, Any], root: type, path: str, defa
             raise ValueError(f"{full} is missing: set it to a {type_name(hints[name])} in the file or by {full}=...")
     try:
         return cls(**values)
-    except ValueError as error:  # from the class's own __post_init__, which does not know where it stands
-        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+    except ValueError as error:  # from the class's own __post_init__, which may not know where it stands
+        known = not path or str(error).startswith(f"{path}.")
+        raise ValueError(str(error) if known else f"{path}: {error}") from None
 
 
 def default_of(field: dataclasses.Field) -> Any:

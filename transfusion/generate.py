@@ -91,8 +91,7 @@ class Engine:
     """Text and images from a trained model, on the model's device. Made by `transfusion.load`."""
 
     def __init__(self, model: Transfusion, tokenizer: Tokenizer, config: RunConfig):
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.config = tokenizer, config
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device = model.norm.weight.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.codec = CODECS[config.data.codec]
@@ -136,13 +135,15 @@ class Engine:
     def read(self, segments: Seq[Text | Image]) -> Answer:
         """Segments as people read them."""
         return [
-            self.tokenizer.decode(s.ids.tolist()) if isinstance(s, Text) else PIL.Image.fromarray(self.codec.decode(s.latents))
+            self.tokenizer.decode(s.ids.tolist())
+            if isinstance(s, Text)
+            else PIL.Image.fromarray(self.codec.decode(s.latents))
             for s in segments
         ]
 
     # ---- the loop ----
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def complete(
         self, documents: Seq[list[Text | Image]], mode: str, seed: int | Seq[int], sampling: SampleConfig
     ) -> list[list[Text | Image]]:
@@ -256,7 +257,11 @@ class Engine:
             for i in (0, 1)
         )
         denoise = denoiser_from(predict, self.config.diffusion.prediction, schedule, clip=self.codec.limit)
-        noise = torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group]) if sampling.solver == "ddpm" else None
+        noise = (
+            torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group])
+            if sampling.solver == "ddpm"
+            else None
+        )
         z = torch.cat([r.z for r in group])
         z = SOLVERS[sampling.solver](z, t, t_next, denoise, schedule, None if noise is None else noise.to(self.device))
         for r, patches in zip(group, z.split(sizes)):
@@ -295,9 +300,7 @@ class Engine:
     def forward(self, chunk: Chunk, cache: Cache, z: Tensor, t: Tensor, patch_image: Tensor, text_at: Tensor):
         """(logits, predictions) of a chunk, whose keys and values go to the cache."""
         layers = cache.at(chunk.lanes, chunk.slots, chunk.length)
-        return self.model(
-            chunk.tokens, chunk.place, chunk.mask, z, t, patch_image, chunk.patch_at, text_at, layers
-        )
+        return self.model(chunk.tokens, chunk.place, chunk.mask, z, t, patch_image, chunk.patch_at, text_at, layers)
 
 
 def patches_of(span: Span) -> slice | None:

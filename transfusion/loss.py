@@ -46,6 +46,8 @@ class Losses(NamedTuple):
 
 def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
     """[I] weighted mean squared error of each image."""
+    if not batch.n_images:
+        return prediction.float().sum(1)  # [0]: such a batch does not know P
     alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))  # [N, 1]
     wanted = target(config.prediction, batch.patches, noise.eps, alpha, sigma)
     weight = loss_weight(config.prediction, config.loss_space, alpha, sigma, config.det_floor)

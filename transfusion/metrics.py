@@ -293,8 +293,8 @@ def series(records: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.n
 
 def running_mean(y: np.ndarray) -> np.ndarray:
     """The mean over the 2 % of the points around each one, over fewer at both ends."""
-    half = len(y) // 100
+    i, half = np.arange(len(y)), len(y) // 100
+    start = i - np.minimum(half, i)
+    end = np.minimum(i + (i - start), len(y) - 1)  # at the steep start the same on both sides, or the curve shifts
     total = np.concatenate([[0.0], np.cumsum(y)])
-    i = np.arange(len(y))
-    reach = np.minimum(half, np.minimum(i, len(y) - 1 - i))  # the same on both sides, or a falling curve shifts
-    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+    return (total[end + 1] - total[start]) / (end + 1 - start)

@@ -1,8 +1,8 @@
 """What a run is: its config, and the folder that it leaves.
 
-    RUN/config.toml       the resolved config          RUN/metrics.jsonl   one line a logged step
-    RUN/tokenizer.json    the tokenizer used           RUN/samples/*.png   drawings at intervals
-    RUN/checkpoints/step_00001000/                     the last few, each complete or absent
+RUN/config.toml       the resolved config          RUN/metrics.jsonl   one line a logged step
+RUN/tokenizer.json    the tokenizer used           RUN/samples/*.png   drawings at intervals
+RUN/checkpoints/step_00001000/                     the last few, each complete or absent
 """
 
 from dataclasses import dataclass, field
@@ -75,6 +75,7 @@ class RunConfig:
     """Everything that decides what a run computes."""
 
     seed: int = 0
+    out: str = ""  # run folder; "" = runs/NAME OF THE CONFIG
     device: str = "auto"  # auto = cuda, mps or cpu, the first that is there
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -91,7 +92,9 @@ def pick_device(name: str) -> str:
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device = {name!r} is not to be had here ({str(error).splitlines()[0]}): try device=cpu") from None
+            raise ValueError(
+                f"device = {name!r} is not to be had here ({str(error).splitlines()[0]}): try device=cpu"
+            ) from None
         return name
     if torch.cuda.is_available():
         return "cuda"

@@ -16,7 +16,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from transfusion import checkpoint, config as configs
+from transfusion import checkpoint
+from transfusion import config as configs
 from transfusion.data.documents import build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.generate import Engine
@@ -43,7 +44,9 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     if not config.model.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     if config.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens")
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens"
+        )
     device = torch.device(pick_device(config.device))
     fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
     corpus, reports = build_corpus(config.data, tokenizer, config.model.patch_size, config.train.seq_len)
@@ -138,7 +141,6 @@ def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: i
     device = model.norm.weight.device
     n_targets, n_images = sum(b.n_targets for b in micro), sum(b.n_images for b in micro)
     lm_sum, image_sum = torch.zeros((), device=device), torch.zeros((), device=device)
-    model.train()
     for p in model.parameters():
         p.grad = None
     row = 0
@@ -177,7 +179,6 @@ def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path:
     chosen = range(0, len(captions), max(1, len(captions) // SAMPLED))[:SAMPLED]
     texts = [captions.texts[i][0] for i in chosen]
     drawn = Engine(model, tokenizer, config).draw(texts)
-    model.requires_grad_(True)
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([(t, [d, captions.images[i]]) for t, d, i in zip(texts, drawn, chosen)]).save(path)
 

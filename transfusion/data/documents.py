@@ -181,7 +181,9 @@ def build_corpus(
                 texts.append([images.captions[i][j] for j in fits])
                 ids.append([of_image[j] for j in fits])
         size = config.image_size
-        captions[split] = Captions(np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8), texts, ids, names)
+        captions[split] = Captions(
+            np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8), texts, ids, names
+        )
     if config.image_share and not len(captions["train"]):
         need = length(2, [grid])
         raise ValueError(f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions")

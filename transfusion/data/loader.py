@@ -1,11 +1,11 @@
 """Batches of training, each a pure function of (seed, step): no state to save, no order to lose.
 
-    step s takes image documents s*n .. s*n + n-1, packs them by first-fit decreasing into its rows,
-    and fills every gap with text: row r gets window s*rows + r, cut to the room that is left.
+step s takes image documents s*n .. s*n + n-1, packs them by first-fit decreasing into its rows,
+and fills every gap with text: row r gets window s*rows + r, cut to the room that is left.
 
-    | caption [image] | caption [image] | text |
-    | [image] caption | caption [image] | text |
-    | text                                     |
+| caption [image] | caption [image] | text |
+| [image] caption | caption [image] | text |
+| text                                     |
 """
 
 from collections.abc import Iterator

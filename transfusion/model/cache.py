@@ -1,7 +1,7 @@
 """Keys and values of what has been computed: one lane a sequence, one slot a position.
 
-    lane 0   <bos> a red apple <boi> [# # # #] . . . | bin      a drawn image's slots are overwritten at each step
-    lane 1   <bos>             <boi> [# # # #] . . . | bin      queries that only fill up a batch write to the bin
+lane 0   <bos> a red apple <boi> [# # # #] . . . | bin      a drawn image's slots are overwritten at each step
+lane 1   <bos>             <boi> [# # # #] . . . | bin      queries that only fill up a batch write to the bin
 """
 
 from dataclasses import dataclass

@@ -64,7 +64,7 @@ def block_mask(document: Tensor, image: Tensor, block: int = BLOCK) -> BlockMask
     def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
         """(how many, which first) of the marked tiles of each query tile, as BlockMask wants them."""
         tiles = tiles[:, None]  # one mask for all heads
-        return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(-1, descending=True, stable=True).int()
+        return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
 
     def mask_mod(b, h, q, k):
         return allow(document[b, q], image[b, q], q, document[b, k], image[b, k], k)

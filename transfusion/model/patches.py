@@ -1,6 +1,6 @@
 """How patches enter and leave the transformer: one linear layer each way, the noise level added on the way in.
 
-    h = W_in z + time(t)        p = W_out h        time(t) = W2 silu(W1 sinusoid(t))       (section 3; DiT 2212.09748)
+h = W_in z + time(t)        p = W_out h        time(t) = W2 silu(W1 sinusoid(t))       (section 3; DiT 2212.09748)
 """
 
 import math

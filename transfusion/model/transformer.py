@@ -75,7 +75,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask, cache: LayerCache | None):
         heads = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k, v = heads  # [B, H, L, K]
-        q, k = (rotate(norm(a).to(v.dtype), cos, sin) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (rotate(norm(a.float()), cos, sin).to(v.dtype) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
         if cache is not None:
             k, v = cache.extend(k, v)
             q = q.to(k.dtype)

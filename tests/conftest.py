@@ -1,0 +1,16 @@
+"""One thread for all tests, no deadline for hypothesis (nothing is timed), and `gpu` tests only where CUDA is."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # a tiny forward on a busy machine: 9 ms with one thread, 560 ms with all
+settings.register_profile("transfusion", deadline=None)
+settings.load_profile("transfusion")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))

@@ -1,0 +1,422 @@
+"""The model: a Llama where there is text alone, no leak anywhere, and two roads to every number that agree."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_rows import CHANNELS, FORMATS, PATCH_DIM, PATCH_SIZE, SPECIAL, VOCAB, document, packed
+
+from transfusion.model.mask import allow, block_mask, dense_mask
+from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
+from transfusion.sequence import NONE, collate, lay_out
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+TINY = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "ffn_dim": 48,
+    "vocab_size": VOCAB,
+    "patch_size": PATCH_SIZE,
+    "channels": CHANNELS,
+}
+OPTIONS = {
+    "plain": {},
+    "grouped heads": {"n_kv_heads": 2},
+    "qk_norm": {"qk_norm": True},
+    "axial": {"image_positions": "axial"},
+    "all": {"n_kv_heads": 1, "qk_norm": True, "image_positions": "axial"},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+# two images of different sizes in one document, a second document with an image, a third of text, padding
+DOCUMENTS = [[2, (2, 2), 2, (1, 3), 1], [(2, 1), 2], [3]]
+
+
+def random_model(device="cpu", **options):
+    """A model in which every parameter matters: none is zero, as fresh read-outs are, and scores are not flat."""
+    model = build_model(ModelConfig(**{**TINY, **options})).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p.shape[1] if p.ndim == 2 else 1
+            p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / fan**0.5 if p.ndim == 2 else 0.2))
+            if p.ndim == 1:
+                p.add_(1)
+    return model.to(device)
+
+
+def row(options, documents=DOCUMENTS, padding=2):
+    """One row of documents, and noise levels and noisy patches for it."""
+    fmt = FORMATS[options.get("image_positions", "raster")]
+    b = packed(0, [documents], fmt)
+    b = packed(0, [documents], fmt, seq_len=b.tokens.shape[1] + padding)
+    generator = torch.Generator().manual_seed(1)
+    return b, torch.randn(b.patches.shape, generator=generator), torch.rand(b.n_images, generator=generator)
+
+
+@torch.no_grad()
+def outputs(model, b, z, t):
+    """(logits [B * L, V], predictions [B * L, P]): an output at every position, zero where the model has none."""
+    mask = dense_mask(b.document, b.image)
+    every = torch.arange(b.tokens.numel())
+    logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.patch_at, every)
+    return logits, torch.zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
+
+
+def changed(before, after):
+    """Bool [B * L]: where any bit of an output differs."""
+    return torch.stack([(a != b).any(-1) for a, b in zip(before, after)]).any(0)
+
+
+# -- foreign reference
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_trunk_is_llama(kv_heads):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(n_layers=3, n_kv_heads=kv_heads, rope_base=5000.0)
+    c = model.config
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        intermediate_size=c.hidden_dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.kv_heads,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_base,  # transformers 4
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},  # transformers 5
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    theirs = {
+        "tok_embeddings": "model.embed_tokens",
+        "norm": "model.norm",
+        "output": "lm_head",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"},
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+    }
+
+    def their_name(name):
+        part = name.removesuffix(".weight")
+        if part.startswith("layers."):
+            _, i, part = part.split(".", 2)
+            return f"model.layers.{i}.{theirs[part]}.weight"
+        return f"{theirs[part]}.weight"
+
+    llama = transformers.LlamaForCausalLM(config).eval()
+    weights = {their_name(k): v for k, v in model.state_dict().items() if not k.startswith("patches.")}
+    llama.load_state_dict(weights, strict=True)
+    b, z, t = row({}, [[40]], padding=0)
+    logits, _ = outputs(model, b, z, t)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, llama(b.tokens).logits[0], rtol=1e-5, atol=1e-5)
+
+
+# -- leaks
+
+
+@options
+def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options):
+    model = random_model(**options)
+    b, z, t = row(options)
+    sees = dense_mask(b.document, b.image)[0, 0]
+    before = outputs(model, b, z, t)
+    patch_of = {at: n for n, at in enumerate(b.patch_at.tolist())}
+    for i in range(b.tokens.shape[1]):
+        tokens, other = b.tokens.clone(), z.clone()
+        if i in patch_of:
+            other[patch_of[i]] += 1
+        else:
+            tokens[0, i] = tokens[0, i] % (VOCAB - 1) + 1
+        after = outputs(model, replace(b, tokens=tokens), other, t)
+        assert torch.equal(changed(before, after), sees[:, i]), f"position {i}"
+
+
+def patches_of(b, image):
+    """Flat positions of an image's patches."""
+    return (b.image == image).flatten().nonzero()[:, 0]
+
+
+@options
+def test_each_patch_is_seen_by_every_patch_of_its_image_the_earlier_ones_too(options):
+    model = random_model(**options)
+    b, z, t = row(options)
+    _, before = outputs(model, b, z, t)
+    for n, image in enumerate(b.patch_image.tolist()):
+        other = z.clone()
+        other[n] += 1
+        _, after = outputs(model, b, other, t)
+        mates = patches_of(b, image)
+        assert (before[mates] != after[mates]).any(-1).all()
+
+
+@options
+def test_the_first_image_of_a_document_never_sees_the_second_which_sees_the_first(options):
+    model = random_model(**options)
+    b, z, t = row(options)
+    before = outputs(model, b, z, t)
+    first, second = patches_of(b, 0), patches_of(b, 1)
+    for level_too in (False, True):  # neither its patches nor its noise level
+        for changed_image, seen_by, unseen_by in ((0, second, []), (1, [], first)):
+            other_t = t.clone()
+            other_t[changed_image] += 0.1 * level_too
+            other_z = torch.where((b.patch_image == changed_image)[:, None], z + 1, z)
+            change = changed(before, outputs(model, b, other_z, other_t))
+            assert change[seen_by].all() and not change[unseen_by].any()
+
+
+def test_the_noise_level_of_an_image_reaches_its_own_patches():
+    model = random_model()
+    b, z, t = row({})
+    before, after = outputs(model, b, z, t), outputs(model, b, z, t + torch.tensor([0.2, 0, 0]))
+    assert changed(before, after)[patches_of(b, 0)].all()
+
+
+def test_the_tokens_at_patch_positions_mean_nothing():
+    model = random_model()
+    b, z, t = row({})
+    tokens = b.tokens.masked_fill(b.image != NONE, 9)
+    assert not changed(outputs(model, b, z, t), outputs(model, replace(b, tokens=tokens), z, t)).any()
+
+
+def test_patches_of_one_image_that_look_the_same_are_told_apart_by_their_place():
+    for name in FORMATS:
+        options = {"image_positions": name}
+        model = random_model(**options)
+        b, z, t = row(options, [[2, (3, 3), 1]])
+        _, p = outputs(model, b, z[:1].expand_as(z), t)
+        assert len(p[b.patch_at].unique(dim=0)) == 9
+
+
+# -- two roads
+
+
+@options
+def test_a_packed_document_has_the_outputs_that_it_has_alone(options):
+    model = random_model(**options)
+    fmt = FORMATS[options.get("image_positions", "raster")]
+    rows = [DOCUMENTS, [[4], [1, (3, 2), 1]], [[(2, 2)], [(1, 1), 1, (2, 3), 3]]]
+    rng = np.random.default_rng(0)
+    sequences = [[lay_out(document(rng, parts), fmt) for parts in row] for row in rows]
+    b = collate(sequences, 40, fmt)
+    z, t = torch.from_numpy(rng.standard_normal(b.patches.shape, np.float32)), torch.linspace(0.1, 1, b.n_images)
+    logits, p = outputs(model, b, z, t)
+    n_patches, n_images = 0, 0
+    for r, row_of_sequences in enumerate(sequences):
+        at = 40 * r
+        for s in row_of_sequences:
+            alone = collate([[s]], len(s), fmt)
+            patches = slice(n_patches, n_patches + len(s.patches) * (len(s.t_max) > 0))
+            images = slice(n_images, n_images + len(s.t_max))
+            n_patches, n_images = patches.stop, images.stop
+            alone_logits, alone_p = outputs(model, alone, z[patches], t[images])
+            torch.testing.assert_close(logits[at : at + len(s)], alone_logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(p[at : at + len(s)], alone_p, rtol=1e-5, atol=1e-5)
+            at += len(s)
+    assert n_patches == len(z) and n_images == len(t)
+
+
+def by_cache(model, cache, spans, z, t):
+    """(logits, predictions), each a list by span, of spans (lane, sequence, start, stop) that the cache carries on;
+    z [lanes] of [N, P] and t [lanes] of [I]. Shorter spans are filled up with queries that write to the bin."""
+    q, length = max(stop - start for _, _, start, stop in spans), max(stop for *_, stop in spans)
+    shape = (len(spans), q)
+    tokens, place = torch.full(shape, SPECIAL.pad), torch.zeros(*shape, 2, dtype=torch.long)
+    slots, index, image_q = torch.full(shape, cache.bin), torch.zeros(shape, dtype=torch.long), torch.full(shape, NONE)
+    image_k = torch.full((len(spans), length), NONE)
+    levels, patches, patch_image = [], [], []
+    for i, (lane, s, start, stop) in enumerate(spans):
+        here, n = slice(start, stop), stop - start
+        tokens[i, :n], place[i, :n] = torch.from_numpy(s.tokens[here]), torch.from_numpy(s.place[here])
+        image_q[i, :n], image_k[i, :stop] = torch.from_numpy(s.image[here]), torch.from_numpy(s.image[:stop])
+        slots[i, :n] = index[i, :n] = torch.arange(start, stop)
+        before, inside = (s.image[:start] != NONE).sum(), (s.image[here] != NONE).sum()
+        patches.append(z[lane][before : before + inside])
+        patch_image += [sum(map(len, levels)) + j for j in s.image[here] if j != NONE]
+        levels.append(t[lane])
+    mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], torch.arange(length))[:, None]
+    patch_at = (image_q.flatten() != NONE).nonzero()[:, 0]
+    layers = cache.at(torch.tensor([lane for lane, *_ in spans]), slots, length)
+    with torch.no_grad():
+        logits, p = model(
+            *(tokens, place, mask, torch.cat(patches), torch.cat(levels), torch.tensor(patch_image, dtype=torch.long)),
+            *(patch_at, torch.arange(tokens.numel()), layers),
+        )
+    counts = [stop - start for _, _, start, stop in spans]
+    return [row[:n] for row, n in zip(logits.unflatten(0, shape), counts)], list(p.split([len(x) for x in patches]))
+
+
+IN_CACHE = [4, (2, 3), 5, (2, 2), 3]  # patches at 5 .. 10 and 18 .. 21, each image between <boi> and <eoi>
+CUTS = {
+    "all at once": [],
+    "an image by itself, as it is drawn": [5, 11, 18, 22],
+    "an image and its eoi, as it is settled": [5, 12, 18, 23],
+    "text by threes": [3, 5, 11, 14, 17, 18, 22, 25],
+    "token by token": [*range(1, 6), *range(11, 19), *range(22, 26)],
+}
+
+
+@options
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_the_cache_gives_what_the_whole_sequence_gives(options, cuts):
+    model = random_model(**options)
+    fmt = FORMATS[options.get("image_positions", "raster")]
+    s = lay_out(document(np.random.default_rng(0), IN_CACHE), fmt)
+    z, t = torch.randn(len(s.patches), PATCH_DIM, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.7])
+    logits, p = outputs(model, collate([[s]], len(s), fmt), z, t)
+    cache = model.new_cache(3, len(s) + 4, torch.float32)
+    cached_logits, cached_p = [], []
+    for start, stop in pairwise([0, *cuts, len(s)]):
+        (chunk_logits,), (chunk_p,) = by_cache(model, cache, [(1, s, start, stop)], {1: z}, {1: t})
+        cached_logits.append(chunk_logits), cached_p.append(chunk_p)
+    torch.testing.assert_close(torch.cat(cached_logits), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(cached_p), p[s.image != NONE], rtol=1e-5, atol=1e-5)
+    assert not any(x[[0, 2]].any() for x in (*cache.k, *cache.v)), "the other lanes stay untouched"
+
+
+@options
+def test_sequences_of_different_lengths_share_a_cache(options):
+    model = random_model(**options)
+    fmt, rng = FORMATS[options.get("image_positions", "raster")], np.random.default_rng(0)
+    sequences = [lay_out(document(rng, parts), fmt) for parts in ([2, (3, 3)], [7, (1, 2)], [1, (2, 2)])]
+    z = [torch.from_numpy(s.patches) for s in sequences]
+    t = [torch.tensor([level]) for level in (0.2, 0.5, 0.9)]
+    cache = model.new_cache(3, 32, torch.float32)
+    starts = [int((s.image != NONE).argmax()) for s in sequences]
+    stops = [start + len(s.patches) for start, s in zip(starts, sequences)]
+    lanes = (2, 0, 1)  # prompts side by side, then images side by side, the lanes in another order
+    prompts, _ = by_cache(model, cache, [(i, sequences[i], 0, starts[i]) for i in lanes], z, t)
+    for noise in (5.0, 0.0):  # the second writing of an image overwrites the first
+        noisy = [x + noise for x in z]
+        _, images = by_cache(model, cache, [(i, sequences[i], starts[i], stops[i]) for i in lanes], noisy, t)
+    ends, _ = by_cache(model, cache, [(i, sequences[i], stops[i], stops[i] + 1) for i in lanes], z, t)
+    for i, prompt, image, end in zip(lanes, prompts, images, ends):
+        s = sequences[i]
+        logits, p = outputs(model, collate([[s]], len(s), fmt), z[i], t[i])
+        torch.testing.assert_close(prompt, logits[: starts[i]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(image, p[s.image != NONE], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(end[0], logits[stops[i]], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_compute_only_what_is_asked_for():
+    model = random_model()
+    b, z, t = row({})
+    logits, p = outputs(model, b, z, t)
+    with torch.no_grad():
+        asked, patches = model(
+            *(b.tokens, b.place, dense_mask(b.document, b.image), z, t, b.patch_image, b.patch_at, b.text_at)
+        )
+    assert asked.shape == (b.n_targets, VOCAB) and patches.shape == z.shape
+    torch.testing.assert_close(asked, logits[b.text_at], rtol=1e-6, atol=1e-6)
+    assert torch.equal(patches, p[b.patch_at])
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
+@options
+def test_compiled_blocks_on_a_gpu_give_the_loss_and_gradients_of_the_dense_mask(options):
+    options = {**options, "dim": 128}
+    model = random_model("cuda", **options)
+    found = []
+    for road in ("dense", "compiled"):
+        if road == "compiled":
+            model.compile_layers()
+        model.zero_grad()
+        losses = []
+        for documents in (DOCUMENTS, [[4, (5, 5), 30], [(6, 9), 3]]):  # two layouts, one compilation
+            length = row(options, documents, 0)[0].tokens.shape[1]
+            b, z, t = row(options, documents, padding=-length % 128)
+            b, z, t = b.to("cuda"), z.cuda(), t.cuda()
+            mask = (block_mask if road == "compiled" else dense_mask)(b.document, b.image)
+            logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.patch_at, b.text_at)
+            losses.append(torch.nn.functional.cross_entropy(logits, b.target) + (p - z).square().mean())
+        sum(losses).backward()
+        found.append([*(loss.detach() for loss in losses), *(p.grad.clone() for p in model.parameters())])
+    for dense, compiled in zip(*found):
+        assert (dense - compiled).norm() <= 1e-4 * dense.norm()
+
+
+# -- sizes
+
+
+PAPER = {  # name: (layers, dim, heads, trunk, total with 32k words, untied), recomputed from the paper's table 1
+    "0.16b": (16, 768, 12, 113.3e6, 162.4e6),
+    "0.37b": (24, 1024, 16, 308.3e6, 373.9e6),
+    "0.76b": (24, 1536, 24, 679.6e6, 777.9e6),
+    "1.4b": (24, 2048, 16, 1233e6, 1364e6),
+    "7b": (32, 4096, 32, 6476e6, 6738e6),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_sizes_have_the_papers_numbers_of_parameters(name):
+    n_layers, dim, n_heads, trunk, total = PAPER[name]
+    config = ModelConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, vocab_size=32_000)
+    counts = dict(parameter_counts(build_model(config, "meta")))
+    assert counts["trunk"] == pytest.approx(trunk, rel=0.01)
+    assert counts["trunk"] + counts["text embedding and head"] == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_shipped_config_of_a_paper_size_is_the_papers(name):
+    from transfusion.config import load_config
+    from transfusion.run import RunConfig
+
+    config = load_config(RunConfig, CONFIGS / f"paper-{name}.toml")
+    model, train = config.model, config.train
+    n_layers, dim, n_heads, trunk, _ = PAPER[name]
+    assert (model.n_layers, model.dim, model.n_heads, model.vocab_size) == (n_layers, dim, n_heads, 32_000)
+    counts = dict(parameter_counts(build_model(model, "meta")))
+    assert counts["trunk"] == pytest.approx(trunk, rel=0.01)
+    assert (config.data.image_size // model.patch_size) ** 2 == 256  # as 2 x 2 patches of a 32 x 32 latent
+    assert train.rows * train.seq_len == pytest.approx(2e6, rel=0.05)
+    assert train.rows * train.seq_len * train.steps == pytest.approx(0.5e12, rel=0.05)
+    assert train.seq_len % 128 == 0 and train.rows % train.accumulate == 0
+
+
+def test_the_parts_of_a_model_add_up_to_all_its_parameters():
+    model = random_model(n_kv_heads=2, qk_norm=True)
+    counts = dict(parameter_counts(model))
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+# -- beginnings and mistakes
+
+
+def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(build_model(ModelConfig(**TINY)))
+    for a, b in zip(*(m.parameters() for m in models)):
+        assert torch.equal(a, b) and a.isfinite().all()
+    _, p = outputs(models[0], *row({}))
+    assert not p.any()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"dim": 30}, "dim = 30 must be n_heads = 4 heads"),
+        ({"dim": 24}, "dim = 24 must be n_heads = 4 heads of a multiple of 4"),
+        ({"n_kv_heads": 3}, "n_heads = 4 must be a multiple of n_kv_heads = 3"),
+    ],
+)
+def test_impossible_sizes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**TINY, **wrong})
+
+
+def test_a_model_without_a_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        build_model(ModelConfig(), "meta")

@@ -1,0 +1,192 @@
+"""The command line: `transfusion train | generate | caption | eval | plan | tokenize | export`.
+
+The user's mistakes are ValueErrors with their remedy: they end in one line and exit code 2, never in a traceback.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import PIL.Image
+
+from transfusion.config import load_config, to_toml
+from transfusion.data.documents import build_corpus
+from transfusion.data.text import load_text
+from transfusion.evals.run import EvalConfig, evaluate, table
+from transfusion.export import DTYPES, export
+from transfusion.plan import plan
+from transfusion.pretrained import load
+from transfusion.run import RunConfig, SampleConfig
+from transfusion.tokenizer import train_tokenizer
+from transfusion.train import train
+
+RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transfusion", description="One transformer that writes text and draws images."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str, **keys) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=help, description=help, **keys)
+        p.set_defaults(run=run)
+        return p
+
+    def with_config(p: argparse.ArgumentParser):
+        p.add_argument("config", metavar="CONFIG.toml", help="a file of configs/, or your own")
+        p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.images=my/folder train.steps=500")
+
+    def with_model(p: argparse.ArgumentParser):
+        p.add_argument("model", metavar="RUN", help=RUN_HELP)
+        p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
+
+    def with_sampling(p: argparse.ArgumentParser, *names: str):
+        for field in fields(SampleConfig):
+            if field.name in names:
+                flag = "--" + field.name.replace("_", "-")
+                p.add_argument(flag, dest=field.name, type=field.type, help="default: the run's own setting")
+        p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")
+
+    p = command("train", run_train, "Train a model, or go on training one.")
+    with_config(p)
+    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+
+    p = command("generate", run_generate, "Draw an image for each prompt, or let the model write and draw as it likes.")
+    with_model(p)
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw, e.g. "a red apple"')
+    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+    p.add_argument(
+        "--mode", choices=("draw", "text", "auto"), default="draw", help="draw an image (default), write text, or both"
+    )
+    with_sampling(p, "steps", "guidance", "solver", "temperature", "top_p", "top_k", "max_tokens")
+
+    p = command("caption", run_caption, "Say what is on each image.")
+    with_model(p)
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    with_sampling(p, "temperature", "max_tokens")
+
+    p = command("eval", run_eval, "Measure a model on its data: text, captions, diffusion, drawings.")
+    with_model(p)
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="fields of EvalConfig, e.g. n_captions=500")
+
+    p = command("plan", run_plan, "Print a config's parameters, FLOPs and memory; runs nothing.")
+    with_config(p)
+
+    p = command("tokenize", run_tokenize, "Train a byte-level BPE tokenizer on text.")
+    p.add_argument("out", type=Path, metavar="TOKENIZER.json")
+    p.add_argument("texts", nargs="+", metavar="TEXT", help="text files or folders, or shakespeare")
+    p.add_argument("--vocab-size", type=int, default=4096)
+
+    p = command("export", run_export, "Write a trained model as one folder to share.")
+    p.add_argument("model", metavar="RUN", help=RUN_HELP)
+    p.add_argument("out", type=Path, metavar="FOLDER")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16")
+    p.add_argument("--license", default="other", help="of the weights, for the model card")
+    return parser
+
+
+def run_train(args):
+    config = load_config(RunConfig, args.config, args.overrides)
+    run = Path(config.out or Path("runs") / Path(args.config).stem)
+    print(f"run folder: {run}")
+    saved = train(config, run, args.resume)
+    print(f'saved {saved}\ntry:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
+
+
+def run_generate(args):
+    engine = load(args.model, args.device)
+    answers = engine.generate(args.prompts, mode=args.mode, seed=args.seed, **sampling_of(args))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for prompt, answer in zip(args.prompts, answers):
+        print(f"{prompt}:")
+        for part in answer:
+            if isinstance(part, str):
+                print(f"  {part}")
+            else:
+                path = free_name(args.out, prompt)
+                part.save(path)
+                print(f"  {path}")
+
+
+def run_caption(args):
+    images = [open_image(path) for path in args.images]
+    engine = load(args.model, args.device)
+    captions = engine.caption(images, seed=args.seed, **sampling_of(args))
+    for path, caption in zip(args.images, captions):
+        print(f"{path}: {caption}")
+
+
+def run_eval(args):
+    engine = load(args.model, args.device)
+    c = engine.config
+    corpus, _ = build_corpus(c.data, engine.tokenizer, c.model.patch_size, c.train.seq_len)
+    results = evaluate(engine, corpus, load_config(EvalConfig, None, args.overrides))
+    print(table(results))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run_plan(args):
+    config = load_config(RunConfig, args.config, args.overrides)
+    if not config.model.vocab_size:
+        from transfusion.tokenizer import load_tokenizer
+
+        size = load_tokenizer(config.data.tokenizer).vocab_size
+        config = replace(config, model=replace(config.model, vocab_size=size))
+    print(to_toml(config) + "\n" + plan(config))
+
+
+def run_tokenize(args):
+    texts = [text for path in args.texts for text in load_text(path)[0].train]
+    tokenizer = train_tokenizer(texts, args.vocab_size)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(args.out)
+    print(f"{args.out}: {tokenizer.vocab_size} tokens; use it by data.tokenizer={args.out}")
+
+
+def run_export(args):
+    print(export(args.model, args.out, args.dtype, args.license))
+
+
+def sampling_of(args) -> dict:
+    """The sampling options that were given."""
+    names = {f.name for f in fields(SampleConfig)}
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+
+
+def open_image(path: Path) -> PIL.Image.Image:
+    try:
+        image = PIL.Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except Exception as error:  # Pillow's plugins raise what they like on broken files
+        raise ValueError(f"{path} cannot be read as an image ({error}): convert it to PNG or JPEG") from None
+    return image
+
+
+def free_name(folder: Path, prompt: str) -> Path:
+    """A file name made of the prompt that overwrites nothing."""
+    stem = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "image"
+    names = (folder / f"{stem}{suffix}.png" for suffix in ("", *(f"-{i}" for i in range(2, 10**6))))
+    return next(name for name in names if not name.exists())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"transfusion {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""What a source of data left out, and why: bad files are counted and named, never fatal and never silent."""
+
+from dataclasses import dataclass, field
+
+NAMED = 3  # names shown of each reason
+
+
+@dataclass(frozen=True)
+class Report:
+    """`kept` things, and the names of the skipped ones under the reason they were skipped for."""
+
+    kept: int
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, reason: str, name: str) -> "Report":
+        """The report after one of the kept is left out too."""
+        names = [*self.skipped.get(reason, []), name]
+        return Report(self.kept - 1, {**self.skipped, reason: names})
+
+    def summary(self) -> str:
+        """One line for what was kept and one for each reason, with the first few names."""
+        lines = [f"kept {self.kept}, skipped {sum(map(len, self.skipped.values()))}"]
+        for reason, names in self.skipped.items():
+            more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"  {len(names)} x {reason}: {', '.join(names[:NAMED])}{more}")
+        return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""How well images are captioned: <bos> [image, clean] caption <eos>.
+
+nats per token    of the caption and its <eos>, given the image
+exact match       the greedy caption is the image's first one, letter by letter
+"""
+
+from collections.abc import Iterator
+
+import PIL.Image
+
+from transfusion.data.documents import Corpus, image_then_caption
+from transfusion.evals.config import EvalConfig, chosen
+from transfusion.evals.interval import wilson
+from transfusion.evals.score import text_nats
+from transfusion.generate import Engine
+
+
+def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
+    """(name, value) for each split: images looked at, nats per token, exact match with its interval."""
+    for split, numbers in chosen(corpus, config.n_captions, config.seed):
+        captions, n = corpus.captions[split], len(numbers)
+        documents = [
+            image_then_caption(corpus.special, captions.ids[i][0], corpus.image(captions.images[i])) for i in numbers
+        ]
+        nats, n_tokens = text_nats(engine, documents, config.batch)
+        # a caption that goes on for twice the longest is wrong already
+        enough = 2 * max(len(captions.ids[i][0]) for i in numbers) + 1
+        said: list[str] = []
+        for start in range(0, n, config.batch):
+            images = [PIL.Image.fromarray(captions.images[i]) for i in numbers[start : start + config.batch]]
+            said += engine.caption(images, max_tokens=enough)
+        hits = sum(s == captions.texts[i][0] for s, i in zip(said, numbers))
+        low, high = wilson(hits, n)
+        yield f"captions/{split}/n", n
+        yield f"captions/{split}/nats_per_token", nats / n_tokens
+        yield f"captions/{split}/exact_match", hits / n
+        yield f"captions/{split}/exact_match_low", low
+        yield f"captions/{split}/exact_match_high", high

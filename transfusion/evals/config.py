@@ -1,0 +1,50 @@
+"""What an evaluation looks at: how much of which split, and how the engine draws for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from transfusion.data.documents import Corpus
+
+SPLITS = ("train", "held_out_image", "held_out_combination")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Sizes are of each split, 0 leaves the part out. The same config gives the same numbers."""
+
+    n_captions: int = 200  # captioned and drawn
+    n_images: int = 200  # denoised
+    text_windows: int = 64  # of the run's seq_len, spread evenly over the held-out text
+    times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # t of the diffusion loss
+    steps: int | None = None  # of the solver, as the next two: None = the run's own
+    solver: str | None = None
+    guidance: float | None = None
+    features: str = ""  # EfficientNet-Lite0 weights for draw accuracy in features: a path, or "installed"; "" = none
+    sheets: str = ""  # folder for sheets of what was drawn; "" = none
+    batch: int = 32  # documents at once
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("n_captions", "n_images", "text_windows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: give how many to look at, 0 for none")
+        if self.batch < 1:
+            raise ValueError(f"batch = {self.batch}: at least 1 document goes through the model at once")
+        if not self.times or not all(0 <= t <= 1 for t in self.times):
+            raise ValueError(f"times = {self.times}: give noise levels from 0 (data) to 1 (noise), e.g. times=0.2,0.5")
+
+    @property
+    def sampling(self) -> dict:
+        """The fields of SampleConfig that are set here."""
+        given = {"steps": self.steps, "solver": self.solver, "guidance": self.guidance}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def chosen(corpus: Corpus, n: int, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """(split, numbers of at most n of its images, drawn once by seed) of each split that has any."""
+    for split in SPLITS:
+        numbers = np.random.default_rng(seed).permutation(len(corpus.captions[split]))[:n]
+        if len(numbers):
+            yield split, sorted(numbers.tolist())

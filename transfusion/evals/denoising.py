@@ -1,0 +1,83 @@
+"""The diffusion loss on a fixed grid of t with fixed noise, and how much of it the caption explains.
+
+    <bos> caption [image at t] <eos>       loss.image_errors, mean over the images, for each t
+    conditioning gap = loss with the captions of other images - loss with the right ones, the noise being the same
+
+A model that does not read its caption has a gap of 0.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from transfusion.data.documents import Corpus, caption_then_image
+from transfusion.diffusion.objective import add_noise
+from transfusion.diffusion.schedule import SCHEDULES
+from transfusion.evals.config import EvalConfig, chosen
+from transfusion.evals.interval import normal
+from transfusion.evals.score import batches, forward
+from transfusion.generate import Engine
+from transfusion.loss import Noise, image_errors
+from transfusion.sequence import Image, Text
+
+
+def fixed_noise(shape: tuple[int, ...], *key: int) -> torch.Tensor:
+    """Standard normal numbers, a function of the key alone on every device."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def denoising_errors(
+    engine: Engine, documents: list[list[Text | Image]], numbers: list[int], config: EvalConfig
+) -> np.ndarray:
+    """[times, images] diffusion loss of documents with one image each; an image's number decides its noise."""
+    diffusion = engine.config.diffusion
+    columns: list[np.ndarray] = []
+    for batch in batches(engine, documents, config.batch):
+        first = sum(c.shape[1] for c in columns)
+        shapes = [(n, batch.patches.shape[1]) for n in batch.patches_in_row]
+        column = []
+        for k, t in enumerate(config.times):
+            eps = [fixed_noise(s, config.seed, i, k) for s, i in zip(shapes, numbers[first:])]
+            noise = Noise(torch.full_like(batch.t_max, t), torch.cat(eps).to(engine.device))
+            alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[diffusion.schedule](noise.t))  # [N, 1]
+            z = add_noise(batch.patches, noise.eps, alpha, sigma)
+            _, predictions = forward(engine, batch, z, noise.t)
+            column.append(image_errors(predictions, batch, noise, diffusion).cpu().double().numpy())
+        columns.append(np.stack(column))
+    return np.concatenate(columns, 1)
+
+
+def derangement(n: int, seed: int) -> np.ndarray:
+    """[n] a permutation of n > 1 things that leaves none in its place: a round through them in random order."""
+    order = np.random.default_rng(seed).permutation(n)
+    result = np.empty(n, np.int64)
+    result[order] = np.roll(order, 1)
+    return result
+
+
+def evaluate_denoising(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
+    """(name, value) for each split: the loss, its mean at each t, and the conditioning gap with its interval."""
+    for split, numbers in chosen(corpus, config.n_images, config.seed):
+        captions, n = corpus.captions[split], len(numbers)
+        images = [corpus.image(captions.images[i]) for i in numbers]
+        texts = [captions.ids[i][0] for i in numbers]
+        documents = [caption_then_image(corpus.special, text, image) for text, image in zip(texts, images)]
+        right = denoising_errors(engine, documents, numbers, config)
+        yield f"denoising/{split}/n", n
+        yield f"denoising/{split}/loss", float(right.mean())
+        for t, of_images in zip(config.times, right):
+            yield f"denoising/{split}/t_{t:g}", float(of_images.mean())
+        if n == 1:
+            continue  # there is no other caption
+        others = [texts[j] for j in derangement(n, config.seed)]
+        documents = [caption_then_image(corpus.special, text, image) for text, image in zip(others, images)]
+        shuffled = denoising_errors(engine, documents, numbers, config)
+        low, high = normal((shuffled - right).mean(0).tolist())
+        yield f"conditioning/{split}/right", float(right.mean())
+        yield f"conditioning/{split}/shuffled", float(shuffled.mean())
+        yield f"conditioning/{split}/gap", float((shuffled - right).mean())
+        yield f"conditioning/{split}/gap_low", low
+        yield f"conditioning/{split}/gap_high", high
+        yield f"conditioning/{split}/ratio", float(shuffled.mean() / right.mean())

@@ -1,0 +1,105 @@
+"""Draw accuracy: is the image drawn for a caption nearest to the real image of that caption, among all of the data?
+
+    caption -> drawing -> its nearest of all real images, of every split -> does it carry the caption?
+
+Distances are L2 between pixels and, where weights are given, between EfficientNet-Lite features. A caption's rank is
+the number of real images closer than the closest that carries it, duplicates of which count as carrying it too; top-k
+is a rank below k. Chance is what a random order of the real images gives.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.data.documents import Corpus
+from transfusion.evals.config import SPLITS, EvalConfig, chosen
+from transfusion.evals.features import efficientnet
+from transfusion.evals.interval import wilson
+from transfusion.generate import Engine
+from transfusion.sheet import contact_sheet
+
+TOP = (1, 5)
+CHUNK = 512  # real images at once, to bound the memory
+
+
+def draw(engine: Engine, texts: list[str], config: EvalConfig) -> np.ndarray:
+    """[n, S, S, 3] uint8 drawings of the texts, the i-th from seed + i."""
+    drawn: list[np.ndarray] = []
+    for start in range(0, len(texts), config.batch):
+        part = texts[start : start + config.batch]
+        images = engine.draw(part, seed=config.seed + start, **config.sampling)
+        drawn += [np.asarray(image.convert("RGB")) for image in images]
+    return np.stack(drawn)
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """[n, S * S * 3] uint8."""
+    return torch.from_numpy(images.reshape(len(images), -1))
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """[n, m] float64 between rows of a [n, k] and b [m, k]; exact for pixels, so that ties are ties."""
+    a = a.double()
+    parts = []
+    for part in b.split(CHUNK):
+        part = part.double()
+        parts.append(a.square().sum(1)[:, None] + part.square().sum(1) - 2 * a @ part.T)
+    return torch.cat(parts, 1)
+
+
+def carriers(corpus: Corpus, texts: list[str]) -> np.ndarray:
+    """[n, m] bool: which of all m real images carry each text, or look exactly like one that does."""
+    everything = [corpus.captions[split] for split in SPLITS]
+    flat = np.concatenate([c.images for c in everything])
+    look: dict[bytes, int] = {}
+    same = np.array([look.setdefault(image.tobytes(), len(look)) for image in flat])  # [m] equal where images are
+    numbers: dict[str, list[int]] = {}
+    for i, own in enumerate(own for c in everything for own in c.texts):
+        for text in own:
+            numbers.setdefault(text, []).append(i)
+    return np.stack([np.isin(same, same[numbers[text]]) for text in texts])
+
+
+def ranks(distances: Tensor, right: np.ndarray) -> np.ndarray:
+    """[n] how many of the m images are closer than the closest right one; distances and right are [n, m]."""
+    nearest = distances.masked_fill(~torch.from_numpy(right), torch.inf).min(1, keepdim=True).values
+    return (distances < nearest).sum(1).numpy()
+
+
+def chance(right: np.ndarray, k: int) -> float:
+    """How often a random order of the m images has a right one among its first k; right is [n, m]."""
+    m, k = right.shape[1], min(k, right.shape[1])
+    return float(np.mean([1 - math.comb(m - int(r), k) / math.comb(m, k) for r in right.sum(1)]))
+
+
+def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
+    """(name, value) for each split: top-k with its interval in each space, and chance."""
+    real = np.concatenate([corpus.captions[split].images for split in SPLITS])
+    spaces = {"pixel": pixels}
+    if config.features and config.n_captions:
+        spaces["feature"] = efficientnet(config.features, engine.device)
+    real_in = {space: embed(real) for space, embed in spaces.items()}
+    for split, numbers in chosen(corpus, config.n_captions, config.seed):
+        captions, n = corpus.captions[split], len(numbers)
+        texts = [captions.texts[i][0] for i in numbers]
+        drawn, right = draw(engine, texts, config), carriers(corpus, texts)
+        yield f"drawing/{split}/n", n
+        for space, embed in spaces.items():
+            rank = ranks(squared_distances(embed(drawn), real_in[space]), right)
+            for k in TOP:
+                hits = int((rank < k).sum())
+                low, high = wilson(hits, n)
+                yield f"drawing/{split}/{space}_top{k}", hits / n
+                yield f"drawing/{split}/{space}_top{k}_low", low
+                yield f"drawing/{split}/{space}_top{k}_high", high
+        for k in TOP:
+            yield f"drawing/{split}/chance_top{k}", chance(right, k)
+        if config.sheets:
+            path = Path(config.sheets) / f"drawn_{split}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            items = [(text, [picture, captions.images[i]]) for text, picture, i in zip(texts, drawn, numbers)]
+            contact_sheet(items, columns=8, title=f"{split}: drawn, real").save(path)

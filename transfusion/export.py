@@ -1,0 +1,64 @@
+"""A trained model as one folder: model.safetensors (averaged weights), config.json, tokenizer.json, README.md."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from transfusion.checkpoint import atomic_folder
+from transfusion.config import to_dict, to_toml
+from transfusion.pretrained import CONFIG, TOKENIZER, WEIGHTS, find
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+CARD = """---
+library_name: transfusion
+license: {license}
+---
+# {name}
+
+A Transfusion model (Zhou et al. 2024, arXiv 2408.11039): it writes text and draws images in one pass.
+
+- parameters: {parameters:,}, stored as {dtype}
+- data: images {images}; text {text}
+- training: {steps:,} steps of {positions:,} positions, seed {seed}
+
+```
+transfusion generate {path} "a red heart"
+```
+
+## Configuration
+
+```toml
+{toml}```
+"""
+
+
+def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "other") -> Path:
+    """Writes the folder `out`, whole or not at all; raises ValueError where it exists already."""
+    if out.exists():
+        raise ValueError(f"{out} exists already: remove it or name another folder")
+    config, weights, tokenizer = find(name)
+    tensors = {key: value.to(DTYPES[dtype]) for key, value in load_file(weights).items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(out) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        card = CARD.format(
+            license=license,
+            name=out.name,
+            parameters=sum(t.numel() for t in tensors.values()),
+            dtype=dtype,
+            images=", ".join(config.data.images),
+            text=", ".join(config.data.text),
+            steps=config.train.steps,
+            positions=config.train.rows * config.train.seq_len,
+            seed=config.seed,
+            path=out,
+            toml=to_toml(config),
+        )
+        (folder / "README.md").write_text(card)
+    return out

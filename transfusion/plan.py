@@ -1,0 +1,64 @@
+"""What a run will need, from its config alone: nothing is read but the config, nothing is run.
+
+FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
+                   6 * patch layers * patches          (forward 2, backward 4; keys seen by a position: at most L / 2
+                                                        for text, exactly known only once the rows are packed)
+memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
+"""
+
+from transfusion.codec import CODECS
+from transfusion.model.transformer import build_model, parameter_counts
+from transfusion.run import RunConfig
+
+
+def count_flops(config: RunConfig) -> dict[str, float]:
+    """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
+    m, c, share = config.model, config.train, config.data.image_share
+    parts = dict(parameter_counts(build_model(m, "meta")))
+    positions = c.rows * c.seq_len
+    side = config.data.image_size // CODECS[config.data.codec].factor // m.patch_size
+    patches = positions * share * side**2 / (side**2 + 2)  # captions make it a little less
+    return {
+        "trunk": 6.0 * parts["trunk"] * positions,
+        "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
+        "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
+        "patch layers": 6.0 * 2 * m.dim * m.patch_dim * patches,
+    }
+
+
+def estimate_memory(config: RunConfig) -> dict[str, float]:
+    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast, and the logits."""
+    m, c = config.model, config.train
+    weights = 4.0 * sum(n for _, n in parameter_counts(build_model(m, "meta")))
+    positions = c.rows * c.seq_len / c.accumulate
+    layer = 28 * m.dim + 8 * m.hidden_dim  # bytes a position
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "average": weights if config.optim.ema else 0.0,
+        "activations (about)": positions * m.n_layers * layer,
+        "logits (at most)": positions * m.vocab_size * 10.0,
+    }
+
+
+def plan(config: RunConfig) -> str:
+    """The plan as a table."""
+    parts = dict(parameter_counts(build_model(config.model, "meta")))
+    flops, memory = count_flops(config), estimate_memory(config)
+    positions = config.train.rows * config.train.seq_len
+
+    def rows(title: str, values: dict[str, float], scale: float, unit: str) -> list[str]:
+        total = sum(values.values())
+        lines = [f"  {name:26}{value / scale:12,.2f} {unit}" for name, value in values.items()]
+        return [title, *lines, f"  {'total':26}{total / scale:12,.2f} {unit}", ""]
+
+    return "\n".join(
+        [
+            *rows("parameters", parts, 1e6, "M"),
+            *rows("a step, forward and backward", flops, 1e9, "GFLOP"),
+            *rows("memory of one device", memory, 2**20, "MiB"),
+            f"the run: {config.train.steps:,} steps of {positions:,} positions = {config.train.steps * positions:,} "
+            f"positions, {config.train.steps * sum(flops.values()):.3g} FLOP",
+        ]
+    )

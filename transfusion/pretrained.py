@@ -1,0 +1,66 @@
+"""From a name to an engine: a run folder, a checkpoint, an exported folder, or a model that ships with the package.
+
+runs/demo                                    the newest checkpoint's averaged weights
+runs/demo/checkpoints/step_00001000          those of that checkpoint
+exported/                                    model.safetensors + config.json + tokenizer.json
+pretrained:emoji                             an exported folder inside the package
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from transfusion import checkpoint
+from transfusion.config import from_dict
+from transfusion.generate import Engine
+from transfusion.model.transformer import build_model
+from transfusion.run import RunConfig, pick_device
+from transfusion.tokenizer import load_tokenizer
+
+PRETRAINED = Path(__file__).parent / "assets" / "pretrained"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+class Trained(NamedTuple):
+    """Where the parts of a trained model lie."""
+
+    config: RunConfig
+    weights: Path
+    tokenizer: Path
+
+
+def find(name: str | Path) -> Trained:
+    """The parts that a name stands for; ValueError says what is there instead."""
+    if str(name).startswith("pretrained:"):
+        folder = PRETRAINED / str(name).removeprefix("pretrained:")
+        if not folder.is_dir():
+            there = ", ".join(f"pretrained:{p.name}" for p in sorted(PRETRAINED.glob("*"))) or "none"
+            raise ValueError(f"there is no {name}; shipped with this version: {there}")
+    else:
+        folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}: name a run, a checkpoint, an exported folder or pretrained:NAME"
+        )
+    if (folder / CONFIG).is_file():
+        config = from_dict(RunConfig, json.loads((folder / CONFIG).read_text()))
+        return Trained(config, folder / WEIGHTS, folder / TOKENIZER)
+    step = checkpoint.latest_checkpoint(folder / "checkpoints")
+    if step is None and not (folder / checkpoint.STATE).is_file():
+        raise ValueError(
+            f"{folder} holds no checkpoint and no {CONFIG}: it is no run, or the run has saved nothing yet"
+        )
+    step = step or folder
+    config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
+    averaged = step / checkpoint.EMA
+    return Trained(config, averaged if averaged.is_file() else step / checkpoint.MODEL, step.parents[1] / TOKENIZER)
+
+
+def load(name: str | Path, device: str = "auto") -> Engine:
+    """The engine of a trained model, on `device` ("auto": cuda, mps or cpu, the first that is there)."""
+    config, weights, tokenizer = find(name)
+    model = build_model(config.model, torch.device(pick_device(device)))
+    checkpoint.load_weights(model, weights)
+    return Engine(model, load_tokenizer(str(tokenizer)), config)
