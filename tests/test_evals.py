@@ -80,7 +80,7 @@ def make_engine(**diffusion):
         train=TrainConfig(seq_len=SEQ_LEN),
         sample=SampleConfig(steps=2, max_tokens=4),
     )
-    model = build_model(sizes)
+    model = build_model(sizes).requires_grad_(False)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():  # fresh weights predict nothing but zeros

@@ -19,9 +19,9 @@ RAW = FORMATS["raster"]
 ROWS = [[[2, (2, 2), 2], [3]], [[(1, 3), 1]], [[9]], [[2, (3, 3), 1, (1, 1), 1]]]  # uneven in text and in images
 
 
-def tiny_model():
+def tiny_model(dim=16, n_heads=2):
     torch.manual_seed(0)
-    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "ffn_dim": 32}
+    sizes = {"dim": dim, "n_layers": 1, "n_heads": n_heads, "ffn_dim": 32}
     model = build_model(ModelConfig(**sizes, vocab_size=VOCAB, patch_size=PATCH_SIZE, channels=CHANNELS))
     with torch.no_grad():
         model.patches.out.weight.normal_(std=0.1)  # fresh read-outs are zero and would hide the trunk's gradients
@@ -225,3 +225,20 @@ def test_the_text_loss_is_the_cross_entropy_of_the_targets_alone():
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     logits, _ = model(b.tokens, b.place, causal, torch.zeros(0, PATCH_DIM), torch.zeros(0), none, none, every)
     torch.testing.assert_close(lm, F.cross_entropy(logits[:-1], b.tokens[0, 1:], reduction="sum"))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
+def test_losses_and_gradients_are_the_same_on_a_gpu_compiled_or_not():
+    found, b = [], packed(0, ROWS, seq_len=128)
+    noise = draw_noise(b, PAPER, 0, 0)
+    for device, compiled in (("cpu", False), ("cuda", False), ("cuda", True)):
+        model = tiny_model(dim=64, n_heads=2).to(device)
+        if compiled:
+            model.compile_layers()
+        sums = losses(model, b.to(device), Noise(*(x.to(device) for x in noise)), PAPER)
+        sum(sums).backward()
+        found.append([x.detach().cpu() for x in (*sums, *(p.grad for p in model.parameters()))])
+    for cpu, eager, compiled in zip(*found):
+        for gpu in (eager, compiled):
+            assert (gpu - cpu).norm() <= 1e-3 * cpu.norm()

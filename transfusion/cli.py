@@ -178,13 +178,26 @@ def free_name(folder: Path, prompt: str) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments; overrides may stand before and behind an option, which argparse by itself does not take."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any("=" not in r or r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         args.run(args)
     except ValueError as error:
         print(f"transfusion {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells count a program that Ctrl-C ended
     return 0
 
 

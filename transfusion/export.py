@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from transfusion.checkpoint import atomic_folder
+from transfusion.checkpoint import STATE, atomic_folder, read_state
 from transfusion.config import to_dict, to_toml
 from transfusion.pretrained import CONFIG, TOKENIZER, WEIGHTS, find
 
@@ -54,7 +54,7 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
             dtype=dtype,
             images=", ".join(config.data.images),
             text=", ".join(config.data.text),
-            steps=config.train.steps,
+            steps=read_state(weights.parent)["step"] if (weights.parent / STATE).is_file() else config.train.steps,
             positions=config.train.rows * config.train.seq_len,
             seed=config.seed,
             path=out,

@@ -106,6 +106,8 @@ class Engine:
         (one image, now), "text" (no image). `options` are fields of `SampleConfig`, in place of the run's own. Request
         i takes its randomness from `seed[i]`, or from seed + i where one number is given.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is one str: give a list, [{prompts!r}]")
         answers = self.complete([self.open(p) for p in prompts], mode, seed, replace(self.config.sample, **options))
         return [self.read(segments) for segments in answers]
 
@@ -159,16 +161,20 @@ class Engine:
             random = torch.Generator().manual_seed(s)
             r = Request(list(document), len(document), mode, random, Branch(i), Branch(n + i))
             self.begin_image(r) if mode == "draw" else self.lay_out(r)
-            if len(r.main.sequence) > limit:
-                what = "the prompt and the image to draw take" if mode == "draw" else "the prompt takes"
-                raise ValueError(f"{what} {len(r.main.sequence)} positions, the model has {limit}: shorten the prompt")
+            need = len(r.main.sequence) + (mode != "draw")
+            if need > limit:
+                what = "the image to draw" if mode == "draw" else "one token more"
+                raise ValueError(f"prompt and {what} take {need} positions, the model has {limit}: shorten the prompt")
             requests.append(r)
         cache = self.model.new_cache(2 * n, limit, self.dtype)
         drawing: list[Request] = []
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             while any(not r.done for r in requests):
                 self.settle(requests, cache, sampling)
-                group = [r for r in requests if r.z is not None]
+                # an image that settle has just opened waits until its <boi> and its other prefix are cached
+                group = [r for r in requests if r.z is not None and r.main.settled == r.final(r.main)]
                 if group != drawing:  # the chunk of patches serves as long as the same requests draw
                     drawing, chunk = group, self.patch_chunk(group, cache, sampling) if group else None
                 if group:
@@ -275,7 +281,8 @@ class Engine:
         drawn = unpatchify(r.z.float().cpu().numpy(), self.fmt.patch_size, *blank.shape[1:])
         r.document.append(Image(np.ascontiguousarray(drawn)))
         self.lay_out(r)
-        r.z, r.drawn, r.done = None, r.drawn + 1, r.mode == "draw"
+        r.z, r.drawn = None, r.drawn + 1
+        r.done = r.mode == "draw" or len(r.main.sequence) >= self.config.train.seq_len
 
     # ---- from spans to the model ----
 

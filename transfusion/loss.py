@@ -60,7 +60,7 @@ def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConf
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
     alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))
     z = add_noise(batch.patches, noise.eps, alpha, sigma)
-    mask = row_mask(batch.document, batch.image)
+    mask = row_mask(batch.document, batch.image, model.compiled)
     logits, prediction = model(
         batch.tokens, batch.place, mask, z, noise.t, batch.patch_image, batch.patch_at, batch.text_at
     )

@@ -27,11 +27,14 @@ def count_flops(config: RunConfig) -> dict[str, float]:
 
 
 def estimate_memory(config: RunConfig) -> dict[str, float]:
-    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast, and the logits."""
+    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits."""
     m, c = config.model, config.train
     weights = 4.0 * sum(n for _, n in parameter_counts(build_model(m, "meta")))
     positions = c.rows * c.seq_len / c.accumulate
-    layer = 28 * m.dim + 8 * m.hidden_dim  # bytes a position
+    # Bytes a position. float32: the residual stream and its norm, twice; bf16: each matrix's input, q, k, v, the heads'
+    # result, and w1 x, its silu, w3 x and their product.
+    kv_dim = m.kv_heads * m.head_dim
+    layer = 32 * m.dim + 4 * kv_dim + 8 * m.hidden_dim + (8 * (m.dim + kv_dim) if m.qk_norm else 0)
     return {
         "weights": weights,
         "gradients": weights,

@@ -55,7 +55,8 @@ def find(name: str | Path) -> Trained:
     step = step or folder
     config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
     averaged = step / checkpoint.EMA
-    return Trained(config, averaged if averaged.is_file() else step / checkpoint.MODEL, step.parents[1] / TOKENIZER)
+    weights = averaged if averaged.is_file() else step / checkpoint.MODEL
+    return Trained(config, weights, step.resolve().parents[1] / TOKENIZER)
 
 
 def load(name: str | Path, device: str = "auto") -> Engine:

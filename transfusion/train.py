@@ -176,6 +176,8 @@ def match_steps(config: RunConfig, state: dict) -> RunConfig:
 def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path: Path):
     """A sheet of the same captions each time, drawn from the same noise, the real images beside them."""
     captions = corpus.captions["train"]
+    if not len(captions):
+        return  # a run on text alone has nothing to draw
     chosen = range(0, len(captions), max(1, len(captions) // SAMPLED))[:SAMPLED]
     texts = [captions.texts[i][0] for i in chosen]
     drawn = Engine(model, tokenizer, config).draw(texts)

@@ -22,7 +22,7 @@ from transfusion.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where documents come from. `images`: "emoji", "emoji:base" or folders; `text`: "shakespeare", files or folders."""
+    """Where documents come from. `images`: "emoji", "emoji:base", folders; `text`: "shakespeare", files, folders."""
 
     images: tuple[str, ...] = ("emoji",)
     text: tuple[str, ...] = ("shakespeare",)
@@ -135,7 +135,7 @@ class Corpus:
         ids = np.take(self.stream, range(start, start + window), mode="wrap")
         documents = []
         for part in np.split(ids, np.flatnonzero(ids == self.special.eos) + 1):
-            part = part[: room - 1]
+            part = part[: max(room - 1, 0)]  # each <bos> takes a position too
             if len(part) > 1:
                 documents.append([Text(np.concatenate([[self.special.bos], part]))])
                 room -= len(part) + 1
@@ -150,17 +150,17 @@ def build_corpus(
     image_sets: list[ImageSet] = []
     text_sets: list[TextSet] = []
     for path in config.images:
-        images, reports[path] = load_images(path, config.image_size)
+        images, reports[f"images {path}"] = load_images(path, config.image_size)
         image_sets.append(images)
     for path in config.text:
-        texts, reports[path] = load_text(path)
+        texts, reports[f"text {path}"] = load_text(path)
         text_sets.append(texts)
     codec = CODECS[config.codec]
     cells = config.image_size // codec.factor
     if config.image_size % codec.factor or cells % patch_size:
         raise ValueError(
-            f"data.image_size = {config.image_size} does not divide into patches of {patch_size} cells of {codec.factor} "
-            f"pixels: choose a multiple of {patch_size * codec.factor}"
+            f"data.image_size = {config.image_size} does not divide into patches of {patch_size} cells of "
+            f"{codec.factor} pixels: choose a multiple of {patch_size * codec.factor}"
         )
     grid = (cells // patch_size, cells // patch_size)
     captions: dict[str, Captions] = {}
@@ -172,10 +172,13 @@ def build_corpus(
             for i in members:
                 of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
                 fits = [j for j, c in enumerate(of_image) if length(2 + len(c), [grid]) <= seq_len]
+                source = f"images {images.name}"
                 if not fits:
                     too_long = f"caption and image longer than seq_len = {seq_len}"
-                    reports[images.name] = reports[images.name].skip(too_long, images.ids[i])
+                    reports[source] = reports[source].skip(too_long, images.ids[i])
                     continue
+                if len(fits) < len(of_image):
+                    reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
                 pixels.append(images.images[i])
                 names.append(images.ids[i])
                 texts.append([images.captions[i][j] for j in fits])

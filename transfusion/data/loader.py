@@ -8,6 +8,7 @@ and fills every gap with text: row r gets window s*rows + r, cut to the room tha
 | text                                     |
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,8 +69,15 @@ class Steps(IterableDataset):
             yield self.packer.batches(step)
 
 
+def outlive_signals(worker: int):
+    """A Ctrl-C reaches the workers too, but the training process still wants their batches: they end when it does."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+
 def load_batches(packer: Packer, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
     """The micro-batches of each step from `start` to `stop`, prepared ahead by `workers` processes (0 = in line)."""
     if not workers:
         return (packer.batches(step) for step in range(start, stop))
-    return iter(DataLoader(Steps(packer, start, stop), batch_size=None, num_workers=workers, pin_memory=pin_memory))
+    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": outlive_signals}
+    return iter(DataLoader(Steps(packer, start, stop), batch_size=None, **options))

@@ -1,6 +1,6 @@
 """What a source of data left out, and why: bad files are counted and named, never fatal and never silent."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 NAMED = 3  # names shown of each reason
 
@@ -16,6 +16,10 @@ class Report:
         """The report after one of the kept is left out too."""
         names = [*self.skipped.get(reason, []), name]
         return Report(self.kept - 1, {**self.skipped, reason: names})
+
+    def without_part(self, reason: str, name: str) -> "Report":
+        """The report after something of one of the kept is left out."""
+        return replace(self.skip(reason, name), kept=self.kept)
 
     def summary(self) -> str:
         """One line for what was kept and one for each reason, with the first few names."""

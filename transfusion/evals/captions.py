@@ -1,7 +1,9 @@
 """How well images are captioned: <bos> [image, clean] caption <eos>.
 
 nats per token    of the caption and its <eos>, given the image
-exact match       the greedy caption is the image's first one, letter by letter
+exact match       the greedy caption is, letter by letter, the first one of the image, or of one with the same pixels
+
+Some drawings carry two names (the flags of Norway and of Bouvet Island): no model could tell which one is asked for.
 """
 
 from collections.abc import Iterator
@@ -17,6 +19,10 @@ from transfusion.generate import Engine
 
 def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: images looked at, nats per token, exact match with its interval."""
+    names: dict[bytes, set[str]] = {}  # of each picture
+    for c in corpus.captions.values():
+        for image, texts in zip(c.images, c.texts):
+            names.setdefault(image.tobytes(), set()).add(texts[0])
     for split, numbers in chosen(corpus, config.n_captions, config.seed):
         captions, n = corpus.captions[split], len(numbers)
         documents = [
@@ -29,7 +35,7 @@ def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Ite
         for start in range(0, n, config.batch):
             images = [PIL.Image.fromarray(captions.images[i]) for i in numbers[start : start + config.batch]]
             said += engine.caption(images, max_tokens=enough)
-        hits = sum(s == captions.texts[i][0] for s, i in zip(said, numbers))
+        hits = sum(s in names[captions.images[i].tobytes()] for s, i in zip(said, numbers))
         low, high = wilson(hits, n)
         yield f"captions/{split}/n", n
         yield f"captions/{split}/nats_per_token", nats / n_tokens

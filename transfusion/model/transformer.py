@@ -121,6 +121,7 @@ class Transfusion(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.compiled = False
 
     def forward(
         self,
@@ -168,6 +169,7 @@ class Transfusion(nn.Module):
         """Compiles each block by itself: one compilation serves all, the rest stays open to change in shape."""
         for layer in self.layers:
             layer.compile(dynamic=False)
+        self.compiled = True
 
 
 def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Transfusion:
@@ -191,6 +193,7 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
         yield name, sum(p.numel() for m in modules for p in m.parameters())
 
 
-def row_mask(document: Tensor, image: Tensor) -> Tensor | BlockMask:
-    """The mask of rows [B, L]: FlexAttention's where it trains (CUDA), a boolean tensor elsewhere."""
-    return (masks.block_mask if document.is_cuda else masks.dense_mask)(document, image)
+def row_mask(document: Tensor, image: Tensor, compiled: bool) -> Tensor | BlockMask:
+    """The mask of rows [B, L]: FlexAttention's tiles for compiled blocks on CUDA, a boolean tensor elsewhere."""
+    # uncompiled, FlexAttention writes out all scores: ten times slower than SDPA with a boolean mask
+    return (masks.block_mask if compiled and document.is_cuda else masks.dense_mask)(document, image)

@@ -1,0 +1,328 @@
+"""Every command through `main`, on a tiny run, and what a user's mistakes end in."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import write_tiny
+
+from transfusion import cli, load
+from transfusion.checkpoint import latest_checkpoint, read_state
+from transfusion.cli import build_parser, free_name, main, parse
+from transfusion.metrics import read_records
+from transfusion.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def trained(config) -> Path:
+    run = config.parent / "run"
+    assert main(["train", str(config), f"out={run}", "seed=7", "train.keep=1"]) == 0
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the trained run that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_train_leaves_the_resolved_config_the_numbers_and_the_last_checkpoint(trained):
+    saved = tomllib.loads((trained / "config.toml").read_text())
+    assert (saved["seed"], saved["train"]["keep"], saved["train"]["steps"]) == (7, 1, 30)
+    assert [r["step"] for r in read_records(trained / "metrics.jsonl")] == [10, 20, 30]
+    assert [p.name for p in (trained / "checkpoints").iterdir()] == ["step_00000030"]
+
+
+def test_train_says_where_the_run_lies_and_what_to_try(config, tmp_path, capsys):
+    assert main(["train", str(config), f"out={tmp_path / 'r'}", "train.steps=1"]) == 0
+    out = capsys.readouterr().out
+    assert f"run folder: {tmp_path / 'r'}" in out and f"transfusion eval {tmp_path / 'r'}" in out
+    assert "kept 24, skipped 0" in out
+
+
+def test_a_second_train_into_the_same_folder_is_refused_and_changes_nothing(config, run, capsys):
+    before = (run / "metrics.jsonl").read_text()
+    assert main(["train", str(config), f"out={run}"]) == 2
+    assert "--resume" in error_line(capsys)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_resume_goes_on_from_the_newest_checkpoint(config, run):
+    assert main(["train", str(config), "--resume", f"out={run}", "seed=7", "train.steps=34", "train.log_every=2"]) == 0
+    assert read_state(latest_checkpoint(run / "checkpoints"))["step"] == 34
+    assert [r["step"] for r in read_records(run / "metrics.jsonl")] == [10, 20, 30, 32, 34]
+
+
+def test_drawings_are_named_after_their_prompts_and_overwrite_nothing(trained, tmp_path, capsys):
+    for expected in (["red-disc.png", "what-a-b.png"], ["red-disc-2.png", "what-a-b-2.png"]):
+        assert main(["generate", str(trained), "red disc", "what? a/b", "--out", str(tmp_path / "new")]) == 0
+        out = capsys.readouterr().out
+        assert all(str(tmp_path / "new" / name) in out for name in expected)
+        assert all(pixels(tmp_path / "new" / name).shape == (16, 16, 3) for name in expected)
+    assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+def test_a_prompt_without_letters_still_gets_a_file_name(tmp_path):
+    assert free_name(tmp_path, "?!") == tmp_path / "image.png"
+    assert len(free_name(tmp_path, "long " * 50).name) < 80
+
+
+def test_sampling_options_and_the_seed_decide_what_is_drawn(trained, tmp_path):
+    def drawn(name: str, *options: str) -> np.ndarray:
+        assert main(["generate", str(trained), "blue bar", "--out", str(tmp_path / name), *options]) == 0
+        return pixels(tmp_path / name / "blue-bar.png")
+
+    plain = drawn("plain")
+    assert np.array_equal(plain, drawn("again", "--seed", "0", "--steps", "2"))
+    assert not np.array_equal(plain, drawn("seed", "--seed", "1"))
+    assert not np.array_equal(plain, drawn("steps", "--steps", "5"))
+    assert not np.array_equal(plain, drawn("guidance", "--guidance", "1"))
+    assert not np.array_equal(plain, drawn("solver", "--solver", "heun"))
+
+
+def test_mode_text_writes_text_and_no_file(trained, tmp_path, capsys):
+    arguments = ["generate", str(trained), "Line 3: a", "--mode", "text", "--out", str(tmp_path), "--max-tokens", "5"]
+    assert main([*arguments, "--temperature", "0"]) == 0
+    greedy = capsys.readouterr().out
+    assert greedy.startswith("Line 3: a:\n") and len(greedy) > len("Line 3: a:\n")
+    assert main([*arguments, "--temperature", "1", "--top-k", "1"]) == 0
+    assert capsys.readouterr().out == greedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_mode_auto_prints_what_the_engine_answers(trained, tmp_path, capsys):
+    prompts = [f"{colour} disc" for colour in ("red", "green", "blue", "black")]
+    assert main(["generate", str(trained), *prompts, "--mode", "auto", "--out", str(tmp_path), "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    answers = load(trained, "cpu").generate(prompts, mode="auto", seed=3)
+    assert all(part in out for answer in answers for part in answer if isinstance(part, str))
+    assert len(list(tmp_path.iterdir())) == sum(not isinstance(part, str) for answer in answers for part in answer)
+
+
+def test_caption_says_a_line_for_each_image_as_the_engine_does(trained, config, capsys):
+    images = sorted((config.parent / "pictures").glob("*.png"))[:3]
+    assert main(["caption", str(trained), *map(str, images)]) == 0
+    said = load(trained, "cpu").caption([Image.open(path) for path in images])
+    assert capsys.readouterr().out == "".join(f"{path}: {text}\n" for path, text in zip(images, said))
+
+
+def test_eval_prints_a_table_and_writes_the_same_numbers(trained, tmp_path, capsys):
+    file = tmp_path / "new" / "eval.json"
+    sizes = ["n_captions=6", "n_images=4", "text_windows=2", "times=0.3,0.7"]
+    assert main(["eval", str(trained), "--json", str(file), *sizes]) == 0
+    numbers, out = json.loads(file.read_text()), capsys.readouterr().out
+    assert numbers["captions/train/n"] == 6 and numbers["denoising/train/n"] == 4
+    assert f"{numbers['text/held_out/nats_per_token']:.4f}" in out
+    assert f"{numbers['denoising/train/t_0.7']:.4f}" in out
+
+
+def test_plan_counts_and_writes_nothing(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(config), "model.n_layers=1"]) == 0
+    one = capsys.readouterr().out
+    assert main(["plan", str(config)]) == 0
+    two = capsys.readouterr().out
+    assert "n_layers = 1" in one and "n_layers = 2" in two
+    trunk = [float(out.split("trunk")[1].split()[0]) for out in (one, two)]
+    assert 0 < trunk[0] < trunk[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_made_by_tokenize_serves_a_training(config, tmp_path, capsys):
+    file, texts = tmp_path / "new" / "own.json", config.parent / "texts"
+    assert main(["tokenize", str(file), str(texts), "--vocab-size", "300"]) == 0
+    assert "300 tokens" in capsys.readouterr().out
+    assert load_tokenizer(file).vocab_size == 300
+    out = tmp_path / "run"
+    assert main(["train", str(config), f"out={out}", f"data.tokenizer={file}", "train.steps=1"]) == 0
+    assert load(out, "cpu").config.model.vocab_size == 300
+
+
+@pytest.mark.parametrize("name", ["run", "checkpoint"])
+def test_an_exported_folder_draws_what_the_run_draws(name, trained, tmp_path):
+    model = trained if name == "run" else latest_checkpoint(trained / "checkpoints")
+    folder = tmp_path / "shared" / "tiny"
+    assert main(["export", str(model), str(folder), "--dtype", "fp32", "--license", "cc0-1.0"]) == 0
+    for source, out in ((trained, "a"), (folder, "b")):
+        assert main(["generate", str(source), "red bar", "--out", str(tmp_path / out)]) == 0
+    assert np.array_equal(pixels(tmp_path / "a" / "red-bar.png"), pixels(tmp_path / "b" / "red-bar.png"))
+    assert "license: cc0-1.0" in (folder / "README.md").read_text()
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_help_of_a_command_names_each_of_its_arguments(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for action in commands()[name]._actions:
+        shown = action.option_strings[-1] if action.option_strings else action.metavar
+        assert shown in out, f"{name} --help does not name {shown}"
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option():
+    args = parse(["train", "c.toml", "a=1", "--resume", "b.c=2"])
+    assert args.overrides == ["a=1", "b.c=2"] and args.resume
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "c.toml", "--resum=1", "a=1"], ["plan", "c.toml", "--fast"], ["dance"]]
+)
+def test_what_no_command_knows_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: transfusion" in capsys.readouterr().err
+
+
+# ---- mistakes ----
+
+
+def error_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("transfusion ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["optim.lrr=1"], "optim.lr?"),
+        (["steps=10"], "train.steps"),
+        (["train.steps=many"], "must be int, got 'many'"),
+        (["train.rows=3", "train.accumulate=2"], "multiple"),
+        (["device=abacus"], "device=cpu"),
+        (["data.images=nowhere"], "no folder nowhere"),
+        (["data.tokenizer=nowhere.json"], "transfusion tokenize"),
+        (["no-equals"], "a.b=value"),
+    ],
+)
+def test_a_wrong_override_ends_in_one_line_with_the_remedy(overrides, remedy, config, tmp_path, capsys):
+    assert main(["train", str(config), f"out={tmp_path / 'r'}", *overrides]) == 2
+    assert remedy in error_line(capsys)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_missing_config_names_those_that_are_there(config, capsys):
+    assert main(["plan", str(config.with_name("tyni.toml"))]) == 2
+    assert "tiny.toml" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["generate", "caption", "eval", "export"])
+def test_a_missing_run_is_said_to_be_missing(command, config, tmp_path, capsys):
+    rest = {
+        "generate": ["x"],
+        "caption": [str(config.parent / "pictures" / "red-disc.png")],
+        "eval": [],
+        "export": ["f"],
+    }
+    assert main([command, str(tmp_path / "nowhere"), *rest[command]]) == 2
+    assert "nowhere: name a run" in error_line(capsys)
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, capsys):
+    assert main(["generate", str(tmp_path), "x"]) == 2
+    assert "holds no checkpoint" in error_line(capsys)
+
+
+def test_a_pretrained_model_that_is_not_shipped_is_said_not_to_be(capsys):
+    assert main(["generate", "pretrained:nothing", "x"]) == 2
+    assert "there is no pretrained:nothing; shipped with this version" in error_line(capsys)
+
+
+def test_resuming_with_another_model_names_the_difference(config, run, capsys):
+    assert main(["train", str(config), f"out={run}", "--resume", "model.dim=48", "seed=7"]) == 2
+    err = capsys.readouterr().err
+    assert "does not fit this model" in err and "model.dim was 32, now 48" in err
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_loaded(run, capsys):
+    file = latest_checkpoint(run / "checkpoints") / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert main(["generate", str(run), "x"]) == 2
+    assert "holds no checkpoint" in error_line(capsys)
+    assert main(["generate", str(file.parent), "x"]) == 2
+    assert "ema.safetensors has" in error_line(capsys)
+
+
+def test_exported_weights_of_another_model_are_not_loaded(trained, tmp_path, capsys):
+    folder = tmp_path / "tiny"
+    assert main(["export", str(trained), str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["n_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["generate", str(folder), "x"]) == 2
+    assert "does not fit this model" in error_line(capsys)
+
+
+def test_export_overwrites_no_folder(trained, tmp_path, capsys):
+    assert main(["export", str(trained), str(tmp_path)]) == 2
+    assert "exists already" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "there is no file"), (b"\x89PNG\r\n\x1a\n cut", "PNG or JPEG")]
+)
+def test_an_image_that_cannot_be_read_is_named(content, problem, trained, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "broken.png").write_bytes(content)
+    assert main(["caption", str(trained), str(tmp_path / "broken.png")]) == 2
+    err = error_line(capsys)
+    assert "broken.png" in err and problem in err
+
+
+@pytest.mark.parametrize("mode", ["draw", "text", "auto"])
+def test_a_prompt_that_is_too_long_is_refused(mode, trained, tmp_path, capsys):
+    assert main(["generate", str(trained), "red " * 100, "--mode", mode, "--out", str(tmp_path)]) == 2
+    assert "shorten the prompt" in error_line(capsys)
+
+
+def test_a_wrong_field_of_an_evaluation_names_the_nearest(trained, capsys):
+    assert main(["eval", str(trained), "n_caption=3"]) == 2
+    assert "did you mean n_captions?" in error_line(capsys)
+
+
+def test_ctrl_c_ends_a_command_quietly(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupted)
+    assert main(["generate", "any", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "transfusion.cli", "plan", "nowhere.toml"],
+        capture_output=True,
+        text=True,
+        cwd=Path(cli.__file__).parents[1],
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("transfusion plan: no config file nowhere.toml")
+    assert done.stdout == "" and done.stderr.count("\n") == 1

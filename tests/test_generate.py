@@ -1,0 +1,481 @@
+"""The Engine against slow roads to the same numbers: no cache, no batch, no guidance, and models that memorised."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_rows import PATCH_DIM, SPECIAL, VOCAB
+from test_transformer import OPTIONS, random_model
+
+from transfusion.data.documents import DataConfig, caption_then_image, image_then_caption
+from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.objective import DiffusionConfig
+from transfusion.diffusion.schedule import SCHEDULES, timesteps
+from transfusion.diffusion.solver import SOLVERS, denoiser_from
+from transfusion.generate import Branch, Engine, Span, pick
+from transfusion.loss import draw_noise, losses
+from transfusion.model.mask import dense_mask
+from transfusion.model.transformer import ModelConfig, build_model
+from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, set_lr
+from transfusion.run import RunConfig, SampleConfig, TrainConfig
+from transfusion.sequence import Format, Image, Text, collate, lay_out, unpatchify
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,-0123"
+FIRST = 6  # id of the first letter; VOCAB = 40 = FIRST + 34
+SIZE = 4  # pixels: 2 x 2 patches of 2 x 2 pixels
+SEQ_LEN = 40
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    special, vocab_size = SPECIAL, VOCAB
+
+    def encode(self, text):
+        return [FIRST + LETTERS.index(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(LETTERS[i - FIRST] for i in ids if i >= FIRST)
+
+
+def engine_of(seq_len=SEQ_LEN, prediction="v", sample=SampleConfig(steps=4, guidance=3.0), **options) -> Engine:  # noqa: B008
+    """An engine of a random model whose every parameter matters."""
+    model = random_model(**options)
+    config = RunConfig(
+        model=model.config,
+        data=DataConfig(image_size=SIZE),
+        diffusion=DiffusionConfig(prediction=prediction),
+        train=TrainConfig(seq_len=seq_len),
+        sample=sample,
+    )
+    return Engine(model, Letters(), config)
+
+
+def picture(seed: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+
+
+@torch.no_grad()
+def whole(engine: Engine, document: list[Text | Image], z=None, t=None):
+    """(logits [n, V], predictions [N, P]) of a document in one pass, no cache; z, t: of its images, else clean."""
+    s = lay_out(document, engine.fmt)
+    image = torch.from_numpy(s.image)[None]
+    at = torch.nonzero(image[0] >= 0)[:, 0]
+    z = torch.from_numpy(s.patches) if z is None else z
+    t = torch.zeros(len(s.t_max)) if t is None else t
+    inputs = (torch.from_numpy(s.tokens)[None], torch.from_numpy(s.place)[None])
+    mask = dense_mask(torch.zeros_like(image), image)
+    return engine.model(*inputs, mask, z, t, image[0, at], at, torch.arange(len(s)))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+TWO_IMAGES = ["ab", picture(0), "cd.", picture(1), "e"]
+
+# ---- cached = whole ----
+
+
+@options
+@pytest.mark.parametrize("parts", [["ab", picture(0), "cd"], TWO_IMAGES, [picture(0)], ["abc"]], ids=len)
+def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(options, parts):
+    engine = engine_of(**options)
+    document = engine.open(parts)
+    want, _ = whole(engine, document)
+    s = lay_out(document, engine.fmt)
+    inside = {i for i in range(1, len(s)) if s.image[i] >= 0 and s.image[i] == s.image[i - 1]}
+    rng = np.random.default_rng(0)
+    for trial in range(4):
+        cuts = [i for i in range(1, len(s)) if i not in inside and (trial == 0 or rng.random() < 0.4)]
+        cache, branch = engine.model.new_cache(3, SEQ_LEN, torch.float32), Branch(1, s)
+        for start, stop in zip([0, *cuts], [*cuts, len(s)]):
+            chunk = engine.chunk([Span(branch, start, stop)], cache)
+            patches = s.patches[(s.image[:start] >= 0).sum() : (s.image[:stop] >= 0).sum()]
+            z, owner = torch.from_numpy(patches), torch.zeros(len(patches), dtype=torch.int64)
+            with torch.no_grad():
+                got, _ = engine.forward(chunk, cache, z, torch.zeros(1), owner, torch.arange(stop - start))
+            close(got, want[start:stop])
+
+
+@options
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance):
+    engine = engine_of(**options)
+    for prompt in (["abc"], ["ab", picture(0), "cd"]):
+        got = engine.complete([engine.open(prompt)], "draw", [7], replace(engine.config.sample, guidance=guidance))
+        want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), guidance)
+        torch.testing.assert_close(torch.from_numpy(got[0][0].latents), want, rtol=0, atol=2e-5)
+
+
+def slow_image(engine: Engine, document: list[Text | Image], random: torch.Generator, guidance: float) -> torch.Tensor:
+    """[C, h, w] latents of the image that continues a document, drawn by whole passes."""
+    n, c = (SIZE // 2) ** 2, engine.config
+    canvas = Image(np.zeros((3, SIZE, SIZE), np.float32))
+    before = [torch.from_numpy(lay_out([s], engine.fmt).patches) for s in document if isinstance(s, Image)]
+
+    def predict(z, t):
+        noisy, times = torch.cat([*before, z]), torch.tensor([0.0] * len(before) + [t[0, 0].item()])
+        cond = whole(engine, [*document, canvas], noisy, times)[1][-n:]
+        return guide(cond, whole(engine, [document[0], canvas], z, t[0])[1], guidance)
+
+    schedule = SCHEDULES[c.diffusion.schedule]
+    denoise = denoiser_from(predict, c.diffusion.prediction, schedule, clip=1.0)
+    z = torch.randn(n, PATCH_DIM, generator=random)
+    times = timesteps(c.sample.steps)
+    for t, t_next in pairwise(times):
+        z = SOLVERS["ddim"](z, t.expand(n, 1), t_next.expand(n, 1), denoise, schedule, None)
+    return torch.from_numpy(unpatchify(z.numpy(), 2, SIZE, SIZE).copy())
+
+
+def test_a_finished_image_is_cached_clean_before_the_text_goes_on():
+    engine = engine_of()
+    first = {0: FIRST + 3, 1: SPECIAL.boi, 2: FIRST + 5, 3: SPECIAL.eos}
+    rig(engine, lambda r, n: first[n])
+    seen = spy_on_writes(engine)
+    document = engine.open("ab")
+    (answer,) = engine.complete([document], "auto", [0], engine.config.sample)
+    letter, image, after = answer
+    prefixes = ([], [letter], [letter, image], [letter, image, after])
+    assert isinstance(image, Image) and len(seen) == 4
+    for logits, prefix in zip(seen, prefixes):
+        close(logits, whole(engine, [*document, *prefix])[0][-1])
+
+
+def test_an_image_that_the_model_opens_is_the_image_drawn_on_demand():
+    engine = engine_of(sample=SampleConfig(steps=4, temperature=0, max_images=2))
+    rig(engine, lambda r, n: [FIRST + 2, SPECIAL.boi, SPECIAL.boi, SPECIAL.eos][n])  # the second right behind the first
+    ((text, one, two),) = engine.complete([engine.open("ab")], "auto", [3], engine.config.sample)
+    assert text.ids.tolist() == [FIRST + 2]
+    ((drawn,),) = engine.complete([engine.open("abc")], "draw", [3], engine.config.sample)
+    np.testing.assert_allclose(one.latents, drawn.latents, rtol=0, atol=2e-5)
+    spent = torch.Generator().manual_seed(3)
+    torch.randn(4, PATCH_DIM, generator=spent)  # the noise of the first image
+    want = slow_image(engine, [*engine.open("abc"), one], spent, engine.config.sample.guidance)
+    torch.testing.assert_close(torch.from_numpy(two.latents), want, rtol=0, atol=2e-5)
+
+
+# ---- rigged models ----
+
+
+def rig(engine: Engine, choose):
+    """Makes the engine's model want token choose(request, number of choices made so far) wherever it writes."""
+    write, made = engine.write, {}
+
+    def rigged(r, logits, sampling):
+        logits = torch.full_like(logits, -1e4)
+        n = made.get(id(r), 0)
+        made[id(r)] = n + 1
+        logits[choose(r, n)] = 1e4
+        write(r, logits, sampling)
+
+    engine.write = rigged
+
+
+def spy_on_writes(engine: Engine) -> list[torch.Tensor]:
+    """The logits of every token that the engine draws from here on."""
+    write, seen = engine.write, []
+
+    def spying(r, logits, sampling):
+        seen.append(logits.clone())
+        write(r, logits, sampling)
+
+    engine.write = spying
+    return seen
+
+
+def kinds(answer) -> str:
+    """An answer in short: t for a text, i for an image."""
+    return "".join("t" if isinstance(part, str | Text) else "i" for part in answer)
+
+
+def test_a_model_that_always_opens_images_stops_at_max_images():
+    for most in (0, 1, 3):
+        engine = engine_of()
+        rig(engine, lambda r, n: SPECIAL.boi)
+        (answer,) = engine.generate(["a"], max_images=most, max_tokens=3, steps=1)
+        assert kinds(answer) in ("i" * most, "i" * most + "t") and kinds(answer).count("i") == most
+
+
+def test_text_stops_at_max_tokens_over_all_its_stretches():
+    engine = engine_of()
+    rig(engine, lambda r, n: SPECIAL.boi if n == 2 else FIRST)
+    (answer,) = engine.generate([""], max_tokens=5, steps=1)
+    assert [part if isinstance(part, str) else "image" for part in answer] == ["aa", "image", "aaa"]
+
+
+@pytest.mark.parametrize("seq_len", range(9, 22))
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_no_document_outgrows_the_model(seq_len, every):
+    engine = engine_of(seq_len=seq_len)
+    rig(engine, lambda r, n: SPECIAL.boi if n % every == every - 1 else FIRST)
+    document = engine.open("ab")
+    (answer,) = engine.complete([document], "auto", [0], SampleConfig(steps=1, max_images=9, max_tokens=99))
+    n = len(lay_out([*document, *answer], engine.fmt))
+    assert n == seq_len or (n > seq_len - 6 and kinds(answer).endswith("i"))
+
+
+@given(st.integers(0, 2**31), st.sampled_from(["auto", "text"]))
+def test_no_special_token_is_ever_written_and_text_mode_never_draws(seed, mode):
+    engine = tiny_engine()
+    options = SampleConfig(steps=1, guidance=1, temperature=4.0, max_images=2, max_tokens=12)
+    answers = engine.complete([engine.open("ab"), engine.open(["c", picture(0)])], mode, [seed, seed + 1], options)
+    for answer in answers:
+        assert mode == "auto" or "i" not in kinds(answer)
+        assert kinds(answer).count("i") <= 2 and "tt" not in kinds(answer)
+        for part in answer:
+            assert isinstance(part, Image) or (len(part.ids) and min(part.ids) >= FIRST)
+
+
+@cache
+def tiny_engine() -> Engine:
+    return engine_of()
+
+
+# ---- batched = alone ----
+
+PROMPTS = ["a", ["bcd, efg"], ["what is it", picture(2), "ab"], [picture(3)], ["", picture(4), picture(5), "z"], "zz"]
+
+
+def alike(a, b):
+    assert kinds(a) == kinds(b)
+    for x, y in zip(a, b):
+        if isinstance(x, str):
+            assert x == y
+        else:
+            assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["draw", "text", "auto"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, options):
+    engine = engine_of(**options)
+    settings = {"mode": mode, "guidance": guidance, "max_tokens": 9, "temperature": 0.7, "max_images": 2}
+    seeds = [11, 5, 8, 2, 9, 1]
+    together = engine.generate(PROMPTS, seed=seeds, **settings)
+    for prompt, seed, beside in zip(PROMPTS, seeds, together):
+        alike(beside, engine.generate([prompt], seed=seed, **settings)[0])
+    alike(together[3], engine.generate(PROMPTS[::-1], seed=seeds[::-1], **settings)[2])
+
+
+def test_requests_that_write_and_draw_at_different_times_do_not_disturb_each_other():
+    plans = {2: [SPECIAL.boi, FIRST, SPECIAL.boi, SPECIAL.boi, SPECIAL.eos], 3: [FIRST, FIRST + 1, SPECIAL.boi] * 3,
+             4: [FIRST] * 9, 5: [SPECIAL.eos]}  # by the prompt's length  # fmt: skip
+
+    def run(prompts, seeds):
+        engine = engine_of()
+        rig(engine, lambda r, n: plans[r.document[1].ids.size + 1][n])
+        return engine.generate(prompts, seed=seeds, max_images=3, max_tokens=6)
+
+    prompts, seeds = ["a", "ab", "abc", "abcd", "x"], [1, 2, 3, 4, 5]
+    together = run(prompts, seeds)
+    assert [kinds(a) for a in together] == ["itii", "tititi"[: len(together[1])], "t", "", "itii"]
+    for prompt, seed, beside in zip(prompts, seeds, together):
+        alike(beside, run([prompt], [seed])[0])
+
+
+# ---- seeds, solvers, guidance ----
+
+
+def test_the_same_seed_gives_the_same_and_another_seed_another():
+    engine = engine_of()
+    for mode in ("draw", "auto"):
+        once, again, other = (engine.generate(["abc"] * 2, mode=mode, seed=s, max_tokens=12) for s in (0, 0, 5))
+        for a, b in zip(once, again):
+            assert kinds(a) == kinds(b) and all(x == y for x, y in zip(a, b))
+        assert once[0] != once[1] and once[0] != other[0]  # seeds are seed + i: 0, 1 and 5
+    assert engine.generate(["abc"] * 2, mode="draw", seed=4)[1] == engine.generate(["abc"], mode="draw", seed=5)[0]
+
+
+def test_the_seed_of_torch_changes_nothing_and_is_not_changed():
+    engine = engine_of()
+    torch.manual_seed(1)
+    once, state = engine.draw(["abc"], solver="ddpm"), torch.get_rng_state()
+    torch.manual_seed(2)
+    again = engine.draw(["abc"], solver="ddpm")
+    assert once == again
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
+def test_every_solver_draws_in_range_the_same_alone_and_batched(solver, prediction):
+    engine = engine_of(prediction=prediction)
+    documents = [engine.open(p) for p in ("ab", "a long one")]
+    sampling = SampleConfig(solver=solver, steps=5, guidance=2.0)
+    together = engine.complete(documents, "draw", [1, 2], sampling)
+    for (image,), document, seed in zip(together, documents, (1, 2)):
+        ((alone,),) = engine.complete([document], "draw", [seed], sampling)
+        assert np.abs(image.latents).max() <= 1 + 1e-6 and image.latents.std() > 0.05
+        np.testing.assert_allclose(image.latents, alone.latents, rtol=0, atol=2e-3)
+
+
+def test_without_guidance_weight_the_prompt_is_not_seen_and_with_it_it_is():
+    engine = engine_of()
+    prompts = ["a", "quite another one", ["x", picture(0)]]
+    blind = [engine.generate([p], mode="draw", guidance=0.0)[0][0] for p in prompts]
+    for image in blind[1:]:
+        alike([image], [blind[0]])
+    for w in (1.0, 2.0):
+        seeing = [engine.generate([p], mode="draw", guidance=w)[0][0] for p in prompts]
+        assert np.abs(np.asarray(seeing[0], int) - np.asarray(seeing[1], int)).max() > 10
+
+
+def test_the_time_shift_of_a_call_is_used():
+    engine = engine_of()
+    assert engine.draw(["abc"], t_shift=4.0) != engine.draw(["abc"])
+
+
+# ---- the user's mistakes ----
+
+
+@pytest.mark.parametrize(
+    "call, remedy",
+    [
+        (lambda e: e.generate(["a"], mode="paint"), "choose one of auto, draw, text"),
+        (lambda e: e.generate([["a", 3]]), "str and PIL images, not int"),
+        (lambda e: e.generate(["a", "b"], seed=[1]), "1 seeds for 2 prompts"),
+        (lambda e: e.generate(["a" * 39], mode="text"), "shorten the prompt"),
+        (lambda e: e.generate(["a" * 40], mode="auto"), "shorten the prompt"),
+        (lambda e: e.generate(["a" * 34], mode="draw"), "shorten the prompt"),
+        (lambda e: e.draw("a red apple"), "give a list"),
+        (lambda e: e.draw(["a"], solver="magic"), "choose one of ddpm"),
+        (lambda e: e.draw(["a"], steps=0), "at least 1 step"),
+        (lambda e: e.generate(["a"], top_p=0.0), "0 < top_p"),
+    ],
+)
+def test_a_mistake_is_a_value_error_with_its_remedy(call, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        call(engine_of())
+
+
+def test_the_longest_prompts_that_fit_do_fit():
+    engine = engine_of()
+    assert kinds(engine.generate(["a" * 33], mode="draw")[0]) == "i"  # <bos> + 33 + 6 = 40
+    assert kinds(engine.generate(["a" * 38], mode="text", temperature=0)[0]) in ("t", "")
+    assert engine.generate([]) == []
+
+
+# ---- pick ----
+
+distributions = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
+
+
+def slow_nucleus(logits: list[float], temperature: float, top_p: float, top_k: int) -> dict[int, float]:
+    """What may be drawn and how likely it is: sorted by hand, cut at top_p and at top_k."""
+    weights = np.exp(np.array(logits, np.float64) / temperature)
+    p = weights / weights.sum()
+    kept, mass = {}, 0.0
+    for i in sorted(range(len(p)), key=lambda i: -p[i]):
+        if mass >= top_p or (top_k and len(kept) == top_k):
+            break
+        kept[i], mass = p[i], mass + p[i]
+    return {i: q / sum(kept.values()) for i, q in kept.items()}
+
+
+@given(distributions, st.floats(0.2, 3), st.floats(0.05, 0.98), st.integers(0, 5), st.integers(0, 2**31))
+def test_a_token_is_picked_from_the_nucleus_alone(logits, temperature, top_p, top_k, seed):
+    logits = [x + 1e-3 * i for i, x in enumerate(np.round(logits, 2).tolist())]  # no ties
+    sampling = SampleConfig(temperature=temperature, top_p=top_p, top_k=top_k)
+    generous = slow_nucleus(logits, temperature, top_p + 1e-5, top_k)
+    assert pick(torch.tensor(logits), sampling, torch.Generator().manual_seed(seed)) in generous
+
+
+@given(distributions, st.integers(0, 2**31))
+def test_no_temperature_one_candidate_and_a_tiny_nucleus_are_greedy(logits, seed):
+    logits, random = torch.tensor(logits), torch.Generator().manual_seed(seed)
+    best = logits.max()
+    for sampling in (SampleConfig(temperature=0), SampleConfig(top_k=1), SampleConfig(top_p=1e-6)):
+        assert logits[pick(logits, sampling, random)] > best - 1e-5
+
+
+def test_tokens_are_picked_as_often_as_the_reference_says():
+    logits, random = [0.0, 1.0, 2.0, -1.0, 1.5], torch.Generator().manual_seed(0)
+    for temperature, top_p, top_k in ((1, 1, 0), (0.5, 1, 3), (2, 0.7, 0), (1, 0.9, 2)):
+        want = slow_nucleus(logits, temperature, top_p, top_k)
+        sampling = SampleConfig(temperature=float(temperature), top_p=float(top_p), top_k=top_k)
+        drawn = [pick(torch.tensor(logits), sampling, random) for _ in range(2000)]
+        for i in range(5):
+            assert drawn.count(i) / 2000 == pytest.approx(want.get(i, 0), abs=0.045)  # four standard deviations
+
+
+# ---- training and generation build the same sequence ----
+
+CAPTIONS = ["red", "a green one", "blue and big", "z"]
+
+
+def motifs() -> np.ndarray:
+    """[4, 16, 16, 3] pictures that no two share a quarter of."""
+    images = np.random.default_rng(0).integers(0, 2, (4, 4, 4, 3)) * 200 + 27
+    return images.repeat(4, 1).repeat(4, 2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def memorised() -> Engine:
+    """A model that has learnt four captioned 16-pixel images by heart, by the training's own functions."""
+    torch.manual_seed(0)
+    images, tokenizer, steps = motifs(), Letters(), 450
+    model = build_model(ModelConfig(dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8))
+    data, train = DataConfig(image_size=16), TrainConfig(seq_len=32)
+    diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow")
+    sample = SampleConfig(steps=10, solver="euler", guidance=1.5, temperature=0)
+    engine = Engine(
+        model, tokenizer, RunConfig(model=model.config, data=data, diffusion=diffusion, train=train, sample=sample)
+    )
+    optim = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.0)
+    fmt, optimizers = Format(SPECIAL, 8), build_optimizers(model, optim)
+    rows = []
+    for caption, image in zip(CAPTIONS, images):
+        ids, latents = np.array(tokenizer.encode(caption)), engine.codec.encode(image)
+        rows += [caption_then_image(SPECIAL, ids, Image(latents))] * 2
+        rows += [caption_then_image(SPECIAL, ids[:0], Image(latents))]
+        rows += [image_then_caption(SPECIAL, ids, Image(latents, 0.5))]
+    batch = collate([[lay_out(d, fmt)] for d in rows * 2], 32, fmt)
+    for step in range(steps):
+        set_lr(optimizers, step, steps, optim)
+        lm, image = losses(model, batch, draw_noise(batch, diffusion, 0, step), diffusion)
+        for p in model.parameters():
+            p.grad = None
+        (lm / batch.n_targets + image / batch.n_images).backward()
+        clip_gradients(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    return engine
+
+
+def errors(drawn, images) -> np.ndarray:
+    """[drawn, images] mean squared differences, of pixels in [0, 1]."""
+    a, b = (np.stack([np.asarray(x) for x in xs]).reshape(len(xs), 1, -1) / 255.0 for xs in (drawn, images))
+    return ((a - b.transpose(1, 0, 2)) ** 2).mean(-1)
+
+
+@pytest.mark.parametrize("solver, steps", [("euler", 10), ("ddim", 10), ("heun", 8), ("ddpm", 40)])
+def test_a_model_that_memorised_images_draws_each_by_its_caption(memorised, solver, steps):
+    for seed in (0, 100):
+        together = memorised.draw(CAPTIONS, seed=seed, solver=solver, steps=steps)
+        alone = [memorised.draw([c], seed=seed + i, solver=solver, steps=steps)[0] for i, c in enumerate(CAPTIONS)]
+        for drawn in (together, alone):
+            table = errors(drawn, motifs())
+            assert table.argmin(1).tolist() == [0, 1, 2, 3]
+            assert table.diagonal().max() < 0.02
+
+
+def test_a_model_that_memorised_captions_writes_each_alone_and_batched(memorised):
+    images = [PIL.Image.fromarray(image) for image in motifs()]
+    assert memorised.caption(images) == CAPTIONS
+    assert [memorised.caption([image])[0] for image in images] == CAPTIONS
+
+
+def test_a_model_that_memorised_captions_goes_on_from_a_caption_to_its_image_by_itself(memorised):
+    together = memorised.generate(CAPTIONS, mode="auto")
+    assert [kinds(answer) for answer in together] == ["i"] * 4  # <boi>, the image, <eoi>, then <eos>
+    assert errors([a[0] for a in together], motifs()).argmin(1).tolist() == [0, 1, 2, 3]

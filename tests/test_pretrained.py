@@ -1,0 +1,154 @@
+"""From a name to an engine: every kind of name leads to the averaged weights, wrong ones to a remedy."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_documents import folder_of_images
+
+import transfusion
+from transfusion import pretrained
+from transfusion.checkpoint import latest_checkpoint
+from transfusion.data.documents import DataConfig
+from transfusion.export import export
+from transfusion.metrics import MetricsConfig
+from transfusion.model.transformer import ModelConfig
+from transfusion.optim import OptimConfig
+from transfusion.pretrained import find, load
+from transfusion.run import RunConfig, SampleConfig, TrainConfig
+from transfusion.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a tiny run of three steps, the last two saved."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    images = folder_of_images(folder / "images", 6)
+    config = RunConfig(
+        model=ModelConfig(dim=32, n_layers=2, n_heads=2, ffn_dim=64, patch_size=4),
+        data=DataConfig((str(images),), (), image_size=8, image_share=1.0),
+        optim=OptimConfig(lr=3e-3, warmup_steps=1, ema=0.9),
+        train=TrainConfig(steps=3, rows=2, seq_len=48, precision="fp32", save_every=2),
+        sample=SampleConfig(steps=2),
+        metrics=MetricsConfig(sinks=("jsonl",)),
+    )
+    train(config, folder / "run")
+    return folder / "run"
+
+
+def weights(engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_loads_as_the_averaged_weights_of_its_newest_checkpoint(run):
+    newest = latest_checkpoint(run / "checkpoints")
+    loaded = weights(transfusion.load(run, device="cpu"))
+    assert newest.name == "step_00000003"
+    assert same(loaded, load_file(newest / "ema.safetensors"))
+    assert not same(loaded, load_file(newest / "model.safetensors"))
+
+
+def test_a_checkpoint_loads_as_itself_wherever_one_stands(run, monkeypatch):
+    older = run / "checkpoints" / "step_00000002"
+    want = load_file(older / "ema.safetensors")
+    assert same(weights(load(older)), want) and same(weights(load(str(older))), want)
+    monkeypatch.chdir(run / "checkpoints")
+    assert same(weights(load("step_00000002")), want)
+    monkeypatch.chdir(older)
+    assert same(weights(load(".")), want)
+
+
+def test_a_run_without_an_average_loads_as_its_weights(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = latest_checkpoint(copy / "checkpoints")
+    (newest / "ema.safetensors").unlink()
+    state = json.loads((newest / "state.json").read_text())
+    del state["files"]["ema.safetensors"]
+    (newest / "state.json").write_text(json.dumps(state))
+    assert same(weights(load(copy)), load_file(newest / "model.safetensors"))
+
+
+def test_an_exported_folder_in_full_precision_is_the_model_to_the_bit_and_draws_the_same(run, tmp_path):
+    engine, exported = load(run, "cpu"), load(export(run, tmp_path / "deep" / "out", dtype="fp32"), "cpu")
+    assert same(weights(engine), weights(exported))
+    assert engine.config == exported.config
+    assert engine.tokenizer.encode("any text") == exported.tokenizer.encode("any text")
+    assert engine.draw(["picture"]) == exported.draw(["picture"])
+
+
+def test_an_exported_folder_in_bf16_is_the_model_within_rounding(run, tmp_path):
+    want, got = weights(load(run)), weights(load(export(run, tmp_path / "out")))
+    assert load_file(tmp_path / "out" / "model.safetensors")["norm.weight"].dtype == torch.bfloat16
+    for name, tensor in want.items():
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name], tensor, rtol=2**-8, atol=1e-30)
+    again = weights(load(export(tmp_path / "out", tmp_path / "again")))  # bf16 to bf16 loses nothing more
+    assert same(got, again)
+
+
+def test_the_card_of_an_exported_folder_says_what_it_is(run, tmp_path):
+    out = export(run, tmp_path / "mine", license="CC-BY-4.0")
+    older = export(run / "checkpoints" / "step_00000002", tmp_path / "older")
+    card, older = ((path / "README.md").read_text() for path in (out, older))
+    n = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    assert "license: CC-BY-4.0" in card and "# mine" in card and f"parameters: {n:,}, stored as bf16" in card
+    assert "transfusion generate" in card and "patch_size = 4" in card
+    assert "training: 3 steps of 96 positions" in card and "training: 2 steps of 96 positions" in older
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert not [*tmp_path.glob(".tmp*")]
+
+
+def test_an_export_never_overwrites(run, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="exists already: remove it or name another"):
+        export(run, tmp_path / "there")
+
+
+def test_a_shipped_model_loads_by_its_name_and_a_wrong_name_lists_what_is_shipped(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "PRETRAINED", tmp_path)
+    with pytest.raises(ValueError, match="there is no pretrained:emoji; shipped with this version: none"):
+        find("pretrained:emoji")
+    export(run, tmp_path / "emoji", dtype="fp32")
+    assert same(weights(load("pretrained:emoji")), weights(load(run)))
+    with pytest.raises(ValueError, match=r"no pretrained:emojis; shipped with this version: pretrained:emoji$"):
+        find("pretrained:emojis")
+
+
+def test_wrong_names_are_errors_that_say_what_to_name(run, tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*nowhere: name a run, a checkpoint, an exported folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no checkpoint .* has saved nothing yet"):
+        load(tmp_path)
+    out = export(run, tmp_path / "out")
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"there is no .*model\.safetensors"):
+        load(out)
+
+
+def test_weights_of_another_model_are_refused_by_name(run, tmp_path):
+    out = export(run, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    config["model"]["ffn_dim"] = 128
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load(out)
+
+
+def test_an_unknown_device_is_an_error_with_a_remedy(run):
+    with pytest.raises(ValueError, match="device=cpu"):
+        load(run, device="abacus")
+
+
+def test_a_loaded_engine_samples_as_the_run_says_unless_told_otherwise(run):
+    engine = load(run, "cpu")
+    assert engine.config.sample == SampleConfig(steps=2)
+    assert engine.draw(["picture"]) == engine.draw(["picture"], steps=2)
+    assert np.asarray(engine.draw(["picture"])[0]).shape == (8, 8, 3)
