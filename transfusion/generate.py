@@ -78,7 +78,7 @@ class Chunk:
     """b spans side by side, each filled up to q positions, as the model takes them."""
 
     tokens: Tensor  # [b, q]
-    place: Tensor  # [b, q, 2]
+    place: Tensor  # [b, q, 4]
     mask: Tensor  # [b, 1, q, length], of the keys in the cache
     lanes: Tensor  # [b]
     slots: Tensor  # [b, q]
@@ -289,7 +289,7 @@ class Engine:
     def chunk(self, spans: Seq[Span], cache: Cache) -> Chunk:
         """Spans as tensors; queries that only fill up write to the cache's bin and see its first slot."""
         b, q, length = len(spans), max(s.stop - s.start for s in spans), max(s.stop for s in spans)
-        tokens, place = np.full((b, q), self.fmt.special.pad), np.zeros((b, q, 2), np.int64)
+        tokens, place = np.full((b, q), self.fmt.special.pad), np.zeros((b, q, 4), np.int64)
         slots, index = np.full((b, q), cache.bin), np.zeros((b, q), np.int64)
         image_q, image_k = np.full((b, q), NONE), np.full((b, length), NONE)
         for i, (branch, start, stop) in enumerate(spans):

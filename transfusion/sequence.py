@@ -72,7 +72,7 @@ class Sequence:
 
     tokens: np.ndarray  # [n] int64
     image: np.ndarray  # [n] int64, number of the image within the document, or NONE
-    place: np.ndarray  # [n, 2] int64, rotary coordinates: equal for text, (row, column) in an axial image
+    place: np.ndarray  # [n, 4] int64: two rotary coordinates (equal for text), and row and column within the image
     target: np.ndarray  # [n] int64, the token to predict here, or NONE
     patches: np.ndarray  # [N, P] float32, clean, in raster order
     t_max: np.ndarray  # [I] float32
@@ -82,7 +82,7 @@ class Sequence:
 
     def next_place(self) -> int:
         """The rotary coordinate of a text token that would follow."""
-        return int(self.place.max()) + 1 if len(self) else 0
+        return int(self.place[:, :2].max()) + 1 if len(self) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Batch:
     tokens: Tensor  # [B, L] int64
     document: Tensor  # [B, L] int32, number of the document within its row, NONE for padding
     image: Tensor  # [B, L] int32, number of the image within the batch, or NONE
-    place: Tensor  # [B, L, 2] int32
+    place: Tensor  # [B, L, 4] int32: two rotary coordinates, row and column within the image
     text_at: Tensor  # [M] int64, flat positions (of B * L) that have a target ...
     target: Tensor  # [M] int64, ... and the targets
     patch_at: Tensor  # [N] int64, flat positions of the patches
@@ -145,7 +145,7 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
         nonlocal at
         tokens.append(np.asarray(ids, np.int64))
         image.append(np.full(len(ids), NONE))
-        place.append(np.repeat(np.arange(at, at + len(ids))[:, None], 2, 1))
+        place.append(np.arange(at, at + len(ids))[:, None] * [1, 1, 0, 0])
         at += len(ids)
 
     for segment in document:
@@ -158,12 +158,14 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
         patches.append(patchify(segment.latents, fmt.patch_size))
         tokens.append(np.full(n, special.patch))
         image.append(np.full(n, n_images))
+        grid = np.indices((rows, columns)).reshape(2, -1).T  # [n, 2]
         if fmt.image_positions == "raster":
-            place.append(np.repeat(np.arange(at, at + n)[:, None], 2, 1))
+            rotary = np.arange(at, at + n)[:, None] * [1, 1]
             at += n
         else:
-            place.append(at + np.indices((rows, columns)).reshape(2, -1).T)
+            rotary = at + grid
             at += max(rows, columns)
+        place.append(np.concatenate([rotary, grid], 1))
         t_max.append(segment.t_max)
         n_images += 1
         add_tokens([special.eoi])
@@ -174,7 +176,7 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
     return Sequence(
         tokens=tokens,
         image=image,
-        place=np.concatenate(place or [np.zeros((0, 2), np.int64)]),
+        place=np.concatenate(place or [np.zeros((0, 4), np.int64)]),
         target=target,
         patches=np.concatenate(patches).astype(np.float32) if patches else np.zeros((0, 0), np.float32),
         t_max=np.asarray(t_max, np.float32),
@@ -205,7 +207,7 @@ def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
     B, L = len(rows), seq_len
     tokens = np.full((B, L), fmt.special.pad, np.int64)
     document, image = np.full((B, L), NONE, np.int32), np.full((B, L), NONE, np.int32)
-    place, target = np.zeros((B, L, 2), np.int32), np.full((B, L), NONE, np.int64)
+    place, target = np.zeros((B, L, 4), np.int32), np.full((B, L), NONE, np.int64)
     patches, t_max, images_in_row, patches_in_row = [], [], [], []
     n_images = 0
     for r, row in enumerate(rows):

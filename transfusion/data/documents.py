@@ -125,14 +125,17 @@ class Corpus:
             return caption_then_image(self.special, caption, self.image(train.images[i]))
         return image_then_caption(self.special, caption, self.image(train.images[i], c.noise_limit))
 
-    def text_documents(self, seed: int, k: int, room: int) -> list[list[Text]]:
-        """The k-th window of the text, cut where a work ends, with at most `room` positions in all."""
-        window = max(room, 2) - 1
+    def text_documents(self, seed: int, k: int, room: int, window: int = 0) -> list[list[Text]]:
+        """The k-th window of the text, parted where a work ends, cut to `room` positions in all.
+
+        The text is a row of windows of `window` tokens (0: as many as fit into the room), shifted anew each epoch.
+        """
+        window = window or max(room, 2) - 1
         n = max(1, len(self.stream) // window)
         epoch, i = divmod(k, n)
         offset = int(np.random.default_rng((seed, 3, epoch)).integers(window))
         start = int(permutation(n, seed, 4, epoch)[i]) * window + offset
-        ids = np.take(self.stream, range(start, start + window), mode="wrap")
+        ids = np.take(self.stream, range(start, start + min(window, max(room - 1, 0))), mode="wrap")
         documents = []
         for part in np.split(ids, np.flatnonzero(ids == self.special.eos) + 1):
             part = part[: max(room - 1, 0)]  # each <bos> takes a position too

@@ -49,7 +49,8 @@ class Packer:
             for r, row in enumerate(rows):
                 room = self.seq_len - sum(map(len, row))
                 if room >= LEAST_TEXT:
-                    documents = self.corpus.text_documents(self.seed, step * self.rows + r, room)
+                    k = step * self.rows + r
+                    documents = self.corpus.text_documents(self.seed, k, room, self.seq_len - 1)
                     row.extend(lay_out(d, self.fmt) for d in documents)
         size = self.rows // self.accumulate
         return [collate(rows[i : i + size], self.seq_len, self.fmt) for i in range(0, self.rows, size)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def angles(place: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [B, 1, L, K/2] float32, of rotary coordinates `place` [B, L, 2]."""
+    """(cos, sin), each [B, 1, L, K/2] float32, of the rotary coordinates place[..., :2]."""
     pair = torch.arange(head_dim // 2, device=place.device)
     frequency = base ** (-2.0 * pair.float() / head_dim)
     angle = place[..., pair % 2].float() * frequency  # [B, L, K/2]

@@ -36,7 +36,8 @@ class ModelConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     qk_norm: bool = False
-    image_positions: str = "raster"  # or "axial"
+    image_positions: str = "raster"  # rotary coordinates of patches; or "axial"
+    patch_positions: bool = False  # add sinusoids of row and column to every patch
 
     def __post_init__(self):
         if self.dim % self.n_heads or self.head_dim % 4:
@@ -117,7 +118,7 @@ class Transfusion(nn.Module):
             raise ValueError("model.vocab_size is 0: set it, or let `transfusion train` take it from the tokenizer")
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.patches = LinearPatches(config.dim, config.patch_dim)
+        self.patches = LinearPatches(config.dim, config.patch_dim, config.patch_positions)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -126,7 +127,7 @@ class Transfusion(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # [B, L]
-        place: Tensor,  # [B, L, 2]
+        place: Tensor,  # [B, L, 4] rotary coordinates, row and column
         mask: Tensor | BlockMask,
         z: Tensor,  # [N, P] noisy patches
         t: Tensor,  # [I] noise level of each image
@@ -138,7 +139,8 @@ class Transfusion(nn.Module):
         """(logits [M, V], predictions [N, P])."""
         h = self.tok_embeddings(tokens)  # [B, L, D]
         if len(z):
-            patches = self.patches.encode(z, t, patch_image).to(h.dtype)
+            grid = place.flatten(0, 1)[patch_at, 2:]
+            patches = self.patches.encode(z, t, patch_image, grid).to(h.dtype)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches).view_as(h)
         cos, sin = angles(place, self.config.head_dim, self.config.rope_base)
         for i, layer in enumerate(self.layers):
