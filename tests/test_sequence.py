@@ -103,7 +103,7 @@ def test_the_drawing_at_the_top_of_the_file_is_what_lay_out_does():
 
 def test_an_empty_document_has_no_positions():
     s = lay_out([], FORMATS["raster"])
-    assert len(s) == 0 and s.next_place() == 0 and s.place.shape == (0, 2)
+    assert len(s) == 0 and s.next_place() == 0 and s.place.shape == (0, 4)
 
 
 # -- places
@@ -112,13 +112,13 @@ def test_an_empty_document_has_no_positions():
 @given(seeds, parts, formats)
 def test_every_position_has_a_place_of_its_own(seed, parts, fmt):
     s = lay_out(document(np.random.default_rng(seed), parts), fmt)
-    assert len({tuple(p) for p in s.place.tolist()}) == len(s)
+    assert len({tuple(p) for p in s.place[:, :2].tolist()}) == len(s)
 
 
 @given(seeds, parts)
 def test_raster_places_count_positions(seed, parts):
     s = lay_out(document(np.random.default_rng(seed), parts), FORMATS["raster"])
-    np.testing.assert_array_equal(s.place, np.arange(len(s))[:, None].repeat(2, 1))
+    np.testing.assert_array_equal(s.place[:, :2], np.arange(len(s))[:, None].repeat(2, 1))
 
 
 @given(seeds, parts)
@@ -136,15 +136,24 @@ def test_axial_places_are_rows_and_columns_and_text_goes_on_behind_the_larger_si
             at += 1 + max(part)
             wanted += [(at, at)]  # <eoi>
             at += 1
-    assert [tuple(p) for p in s.place.tolist()] == wanted
+    assert [tuple(p) for p in s.place[:, :2].tolist()] == wanted
     assert s.next_place() == at
+
+
+@given(seeds, parts, formats)
+def test_patches_know_their_row_and_column_and_text_has_none(seed, parts, fmt):
+    s = lay_out(document(np.random.default_rng(seed), parts), fmt)
+    images = [part for part in parts if not isinstance(part, int)]
+    wanted = [[row, column] for rows, columns in images for row in range(rows) for column in range(columns)]
+    assert s.place[s.image != NONE][:, 2:].tolist() == wanted
+    assert not s.place[s.image == NONE][:, 2:].any()
 
 
 @given(seeds, parts, formats)
 def test_next_place_is_where_the_next_token_of_text_stands(seed, parts, fmt):
     doc = document(np.random.default_rng(seed), parts)
     longer = lay_out([*doc, Text(np.array([SPECIAL.eos]))], fmt)
-    assert longer.place[-1].tolist() == [lay_out(doc, fmt).next_place()] * 2
+    assert longer.place[-1].tolist() == [lay_out(doc, fmt).next_place()] * 2 + [0, 0]
 
 
 @given(seeds, parts, parts, formats)

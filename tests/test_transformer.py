@@ -29,7 +29,7 @@ OPTIONS = {
     "grouped heads": {"n_kv_heads": 2},
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
-    "all": {"n_kv_heads": 1, "qk_norm": True, "image_positions": "axial"},
+    "all": {"n_kv_heads": 1, "qk_norm": True, "image_positions": "axial", "patch_positions": True},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -231,7 +231,7 @@ def by_cache(model, cache, spans, z, t):
     z [lanes] of [N, P] and t [lanes] of [I]. Shorter spans are filled up with queries that write to the bin."""
     q, length = max(stop - start for _, _, start, stop in spans), max(stop for *_, stop in spans)
     shape = (len(spans), q)
-    tokens, place = torch.full(shape, SPECIAL.pad), torch.zeros(*shape, 2, dtype=torch.long)
+    tokens, place = torch.full(shape, SPECIAL.pad), torch.zeros(*shape, 4, dtype=torch.long)
     slots, index, image_q = torch.full(shape, cache.bin), torch.zeros(shape, dtype=torch.long), torch.full(shape, NONE)
     image_k = torch.full((len(spans), length), NONE)
     levels, patches, patch_image = [], [], []

@@ -1,6 +1,6 @@
 """Images to latents and back: what the diffusion works on. A codec is two functions and what must be known of them.
 
-    pixels: latents = image / 127.5 - 1, in [-1, 1], C = 3, one cell a pixel
+pixels: latents = image / 127.5 - 1, in [-1, 1], C = 3, one cell a pixel
 """
 
 from collections.abc import Callable
