@@ -76,6 +76,7 @@ class RunConfig:
 
     seed: int = 0
     out: str = ""  # run folder; "" = runs/NAME OF THE CONFIG
+    init: str = ""  # a model whose weights a new run begins with, as `transfusion generate` takes it; "" = fresh ones
     device: str = "auto"  # auto = cuda, mps or cpu, the first that is there
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

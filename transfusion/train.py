@@ -25,6 +25,7 @@ from transfusion.loss import draw_noise, losses
 from transfusion.metrics import Run, open_metrics
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
+from transfusion.pretrained import find
 from transfusion.run import RunConfig, pick_device, uses_bf16
 from transfusion.sequence import Batch, Format
 from transfusion.sheet import contact_sheet
@@ -53,8 +54,8 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
 
-    torch.manual_seed(config.seed)
     model = build_model(config.model, device)
+    begin(model, config)
     if config.train.compile:
         model.compile_layers()
     optimizers = build_optimizers(model, config.optim)
@@ -73,8 +74,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
             steps = max(1, int(60 * config.train.minutes / seconds))
             print(f"{seconds:.3f} s a step: {steps} steps in {config.train.minutes:g} minutes")
             config = replace(config, train=replace(config.train, steps=steps))
-            torch.manual_seed(config.seed)
-            model.init_weights()
+            begin(model, config)
             optimizers = build_optimizers(model, config.optim)
         ema = init_ema(model) if config.optim.ema else None
         run.mkdir(parents=True, exist_ok=True)
@@ -134,6 +134,14 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     if stopped:
         print(f"stopped by {stopped[0]} at step {done} of {c.steps}; --resume goes on from {saved}")
     return saved
+
+
+def begin(model: Transfusion, config: RunConfig):
+    """Gives the model the weights of step 0: those of `init`, or fresh ones drawn from the seed."""
+    torch.manual_seed(config.seed)
+    model.init_weights()
+    if config.init:
+        checkpoint.load_weights(model, find(config.init).weights)
 
 
 def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
