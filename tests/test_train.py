@@ -334,3 +334,23 @@ def test_a_model_with_too_few_tokens_is_refused(tiny, tmp_path):
 def test_the_config_in_a_checkpoint_is_the_resolved_one(tiny, tmp_path):
     saved = train(tiny, tmp_path)
     assert json.loads((saved / "state.json").read_text())["config"]["model"]["vocab_size"] == 270
+
+
+def test_a_run_with_init_begins_with_the_averaged_weights_of_that_model(tiny, tmp_path):
+    first = train(tiny, tmp_path / "first")
+    # one step at a learning rate that changes no float32: the weights are those of step 0
+    still = replace(tiny, init=str(tmp_path / "first"), optim=OptimConfig(lr=1e-30, min_lr=0.0, weight_decay=0.0))
+    second = train(with_train(still, steps=1), tmp_path / "second")
+    begun, averaged = load_file(second / "model.safetensors"), load_file(first / "ema.safetensors")
+    assert all(torch.equal(begun[name], averaged[name]) for name in averaged)
+    fresh = train(with_train(replace(still, init=""), steps=1), tmp_path / "fresh")
+    assert not torch.equal(load_file(fresh / "model.safetensors")["output.weight"], averaged["output.weight"])
+
+
+def test_a_run_whose_init_does_not_fit_or_is_not_there_is_refused(tiny, tmp_path):
+    train(tiny, tmp_path / "first")
+    wider = replace(tiny, init=str(tmp_path / "first"), model=replace(tiny.model, dim=64))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        train(wider, tmp_path / "second")
+    with pytest.raises(ValueError, match="there is no folder"):
+        train(replace(tiny, init=str(tmp_path / "nowhere")), tmp_path / "second")
