@@ -1,10 +1,12 @@
 """What the k-th document of training is, as a pure function of (seed, k): data in memory in, segments out.
 
-    caption first (80 %)   <bos> caption [image] <eos>          the caption is dropped with p = 0.1, for guidance
+    caption first (80 %)   <bos> caption [image] <eos>
+       of which 10 %       <bos> [image]                        the caption is dropped, for guidance
     image first   (20 %)   <bos> [image] caption <eos>          the image's noise stays below the noise limit
     text                   <bos> a window of a work (<eos> where the work ends)
 
-Shares of Zhou et al. 2024, section 4.1; caption dropout is ours (the paper is silent).
+Shares of Zhou et al. 2024, section 4.1; caption dropout is ours (the paper is silent). An image without its caption is
+not closed by <eos>: what follows an image at the beginning of a document is its caption, and <eos> would deny that.
 """
 
 from dataclasses import dataclass
@@ -121,7 +123,8 @@ class Corpus:
         if len(ids) > 1 and other < c.other_captions:
             caption = ids[1 + int(which * (len(ids) - 1))]
         if first < c.caption_first:
-            caption = caption[:0] if drop < c.caption_dropout else caption
+            if drop < c.caption_dropout:
+                return [Text(np.array([self.special.bos])), self.image(train.images[i])]
             return caption_then_image(self.special, caption, self.image(train.images[i]))
         return image_then_caption(self.special, caption, self.image(train.images[i], c.noise_limit))
 
