@@ -83,23 +83,26 @@ def test_documents_take_their_forms_in_the_configured_shares():
 def test_an_image_before_its_caption_is_noised_to_the_limit_and_one_behind_it_to_the_end():
     for k in range(200):
         document = CAPTIONED.image_document(2, k)
-        before_caption = len(document[2].ids) > 1
+        before_caption = len(document) == 3 and len(document[2].ids) > 1
         assert document[1].t_max == (0.4 if before_caption else 1.0)
 
 
 def test_an_image_stands_beside_its_own_caption_between_bos_and_eos():
     for k in range(200):
         document = CAPTIONED.image_document(2, k)
+        if len(document) == 2:  # its caption is dropped, and no <eos> says that none comes
+            assert document[0].ids.tolist() == [SPECIAL.bos]
+            continue
         ids = np.concatenate([document[0].ids, document[2].ids]).tolist()
         assert ids[0] == SPECIAL.bos and ids[-1] == SPECIAL.eos
-        assert [i % 10 for i in ids[1:-1]] in ([], [number_of(document)])
+        assert [i % 10 for i in ids[1:-1]] == [number_of(document)]
 
 
 def test_shares_of_nothing_and_of_everything_hold_exactly():
     always = replace(CAPTIONED, config=replace(CAPTIONED.config, caption_first=1.0, caption_dropout=1.0))
     never = replace(CAPTIONED, config=replace(CAPTIONED.config, caption_first=0.0, other_captions=0.0))
     for k in range(100):
-        assert [len(s.ids) for s in always.image_document(0, k) if isinstance(s, Text)] == [1, 1]
+        assert [len(s.ids) for s in always.image_document(0, k) if isinstance(s, Text)] == [1]
         assert never.image_document(0, k)[2].ids.tolist() == [10 + number_of(never.image_document(0, k)), SPECIAL.eos]
 
 

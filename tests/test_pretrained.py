@@ -129,7 +129,7 @@ def test_wrong_names_are_errors_that_say_what_to_name(run, tmp_path):
         load(tmp_path)
     out = export(run, tmp_path / "out")
     (out / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"there is no .*model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors: export"):
         load(out)
 
 

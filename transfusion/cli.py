@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"transfusion {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

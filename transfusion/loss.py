@@ -39,6 +39,12 @@ def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, firs
     return Noise(t * batch.t_max, torch.cat(eps))
 
 
+def noised(batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
+    """[N, P] the batch's patches behind their noise."""
+    alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))  # [N, 1]
+    return add_noise(batch.patches, noise.eps, alpha, sigma)
+
+
 class Losses(NamedTuple):
     lm: Tensor  # [] sum over text targets, nats
     image: Tensor  # [] sum over images of the mean squared error in the loss space
@@ -58,8 +64,7 @@ def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: Diffusi
 
 def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig) -> Losses:
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
-    alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))
-    z = add_noise(batch.patches, noise.eps, alpha, sigma)
+    z = noised(batch, noise, config)
     mask = row_mask(batch.document, batch.image, model.compiled)
     logits, prediction = model(
         batch.tokens, batch.place, mask, z, noise.t, batch.patch_image, batch.patch_at, batch.text_at

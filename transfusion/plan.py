@@ -51,6 +51,13 @@ def plan(config: RunConfig) -> str:
     flops, memory = count_flops(config), estimate_memory(config)
     positions = config.train.rows * config.train.seq_len
 
+    length = (
+        f"the run: {config.train.steps:,} steps of {positions:,} positions = {config.train.steps * positions:,} "
+        f"positions, {config.train.steps * sum(flops.values()):.3g} FLOP"
+    )
+    if config.train.minutes:
+        length = f"the run: as many steps of {positions:,} positions as fit into {config.train.minutes:g} minutes"
+
     def rows(title: str, values: dict[str, float], scale: float, unit: str) -> list[str]:
         total = sum(values.values())
         lines = [f"  {name:26}{value / scale:12,.2f} {unit}" for name, value in values.items()]
@@ -61,7 +68,6 @@ def plan(config: RunConfig) -> str:
             *rows("parameters", parts, 1e6, "M"),
             *rows("a step, forward and backward", flops, 1e9, "GFLOP"),
             *rows("memory of one device", memory, 2**20, "MiB"),
-            f"the run: {config.train.steps:,} steps of {positions:,} positions = {config.train.steps * positions:,} "
-            f"positions, {config.train.steps * sum(flops.values()):.3g} FLOP",
+            length,
         ]
     )

@@ -45,7 +45,13 @@ def find(name: str | Path) -> Trained:
             f"there is no folder {folder}: name a run, a checkpoint, an exported folder or pretrained:NAME"
         )
     if (folder / CONFIG).is_file():
-        config = from_dict(RunConfig, json.loads((folder / CONFIG).read_text()))
+        try:
+            config = from_dict(RunConfig, json.loads((folder / CONFIG).read_text()))
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG} is no config of this version: {error}") from None
+        for file in (WEIGHTS, TOKENIZER):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} has no {file}: export the model again")
         return Trained(config, folder / WEIGHTS, folder / TOKENIZER)
     step = checkpoint.latest_checkpoint(folder / "checkpoints")
     if step is None and not (folder / checkpoint.STATE).is_file():

@@ -2,6 +2,7 @@
 
 RUN/config.toml       the resolved config          RUN/metrics.jsonl   one line a logged step
 RUN/tokenizer.json    the tokenizer used           RUN/samples/*.png   drawings at intervals
+RUN/skipped.txt       every input left out, and why
 RUN/checkpoints/step_00001000/                     the last few, each complete or absent
 """
 
@@ -9,12 +10,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from transfusion.codec import CODECS
 from transfusion.data.documents import DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.metrics import MetricsConfig
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
+from transfusion.sequence import IMAGE_POSITIONS
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -85,6 +88,16 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self):
+        codec, model = CODECS[self.data.codec], self.model
+        if model.channels != codec.channels:
+            raise ValueError(
+                f"model.channels = {model.channels}, the codec {codec.name} has {codec.channels}: set those"
+            )
+        if model.image_positions not in IMAGE_POSITIONS:
+            known = ", ".join(IMAGE_POSITIONS)
+            raise ValueError(f"model.image_positions = {model.image_positions!r}: choose one of {known}")
 
 
 def pick_device(name: str) -> str:

@@ -29,7 +29,7 @@ from transfusion.pretrained import find
 from transfusion.run import RunConfig, pick_device, uses_bf16
 from transfusion.sequence import Batch, Format
 from transfusion.sheet import contact_sheet
-from transfusion.tokenizer import load_tokenizer
+from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 CALIBRATION_STEPS = 8
 SAMPLED = 12  # captions on a sample sheet
@@ -46,7 +46,8 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     if config.model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens"
+            f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens: "
+            "leave it out, or name a smaller data.tokenizer"
         )
     device = torch.device(pick_device(config.device))
     fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
@@ -55,7 +56,6 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
         print(f"{source}: {report.summary()}")
 
     model = build_model(config.model, device)
-    begin(model, config)
     if config.train.compile:
         model.compile_layers()
     optimizers = build_optimizers(model, config.optim)
@@ -64,23 +64,26 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     if found:
         config = match_steps(config, checkpoint.read_state(found))
         ema = init_ema(model) if config.optim.ema else None
-        state = checkpoint.load_checkpoint(
-            found, model=model, ema=ema, optimizers=optimizers, config=configs.to_dict(config)
-        )
+        now = configs.to_dict(config)
+        state = checkpoint.load_checkpoint(found, model=model, ema=ema, optimizers=optimizers, config=now)
+        for line in checkpoint.differences(state["config"], now):
+            print(f"config: {line}")
         first, skipped = state["step"], state["skipped"]
     else:
+        begin(model, config, tokenizer)
         if config.train.minutes:
             seconds = seconds_per_step(model, optimizers, packer, config)
             steps = max(1, int(60 * config.train.minutes / seconds))
             print(f"{seconds:.3f} s a step: {steps} steps in {config.train.minutes:g} minutes")
             config = replace(config, train=replace(config.train, steps=steps))
-            begin(model, config)
+            begin(model, config, tokenizer)
             optimizers = build_optimizers(model, config.optim)
         ema = init_ema(model) if config.optim.ema else None
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(configs.to_toml(config))
-        tokenizer.save(run / "tokenizer.json")
     c = config.train
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(configs.to_toml(config))
+    tokenizer.save(run / "tokenizer.json")
+    (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
     def save(step: int) -> Path:
         state = {"skipped": skipped, "config": configs.to_dict(config)}
@@ -95,7 +98,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
         for step, micro in enumerate(batches, first):
             lr = set_lr(optimizers, step, c.steps, config.optim)
             lm, image, norm = gradients(model, micro, config, step)
-            if torch.isfinite(norm):
+            if torch.isfinite(norm + lm + image):
                 for optimizer in optimizers:
                     optimizer.step()
                 if ema is not None:
@@ -136,12 +139,15 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     return saved
 
 
-def begin(model: Transfusion, config: RunConfig):
+def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
     """Gives the model the weights of step 0: those of `init`, or fresh ones drawn from the seed."""
     torch.manual_seed(config.seed)
     model.init_weights()
     if config.init:
-        checkpoint.load_weights(model, find(config.init).weights)
+        trained = find(config.init)
+        if load_tokenizer(trained.tokenizer).hf.get_vocab() != tokenizer.hf.get_vocab():
+            raise ValueError(f"{config.init} has other tokens: set data.tokenizer={trained.tokenizer}")
+        checkpoint.load_weights(model, trained.weights)
 
 
 def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:

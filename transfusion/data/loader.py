@@ -45,7 +45,7 @@ class Packer:
         images = [lay_out(self.corpus.image_document(self.seed, step * n + i), self.fmt) for i in range(n)]
         placed, _ = first_fit((len(s) for s in images), self.rows, self.seq_len)
         rows = [[images[i] for i in row] for row in placed]
-        if self.corpus.works:
+        if self.corpus.works and self.corpus.config.image_share < 1:
             for r, row in enumerate(rows):
                 room = self.seq_len - sum(map(len, row))
                 if room >= LEAST_TEXT:

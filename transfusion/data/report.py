@@ -21,6 +21,10 @@ class Report:
         """The report after something of one of the kept is left out."""
         return replace(self.skip(reason, name), kept=self.kept)
 
+    def names(self) -> str:
+        """Every name under its reason, one a line."""
+        return "".join(f"  {reason}\n" + "".join(f"    {n}\n" for n in names) for reason, names in self.skipped.items())
+
     def summary(self) -> str:
         """One line for what was kept and one for each reason, with the first few names."""
         lines = [f"kept {self.kept}, skipped {sum(map(len, self.skipped.values()))}"]

@@ -27,7 +27,9 @@ PREDICTIONS: dict[str, Callable] = {
 # u, mean, std -> t
 T_LAWS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "uniform": lambda u, mean, std: u,
-    "logit_normal": lambda u, mean, std: torch.sigmoid(mean + std * torch.special.ndtri(u)),  # arXiv 2403.03206 eq. 19
+    "logit_normal": lambda u, mean, std: torch.sigmoid(
+        mean + std * 2**0.5 * torch.erfinv(2 * u - 1)
+    ),  # 2403.03206 eq. 19
 }
 
 SOLVE_FLOOR = 1e-5  # below cosine's least alpha (4.9e-5), so it only acts where alpha or sigma is all but zero

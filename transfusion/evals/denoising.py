@@ -12,13 +12,11 @@ import numpy as np
 import torch
 
 from transfusion.data.documents import Corpus, caption_then_image
-from transfusion.diffusion.objective import add_noise
-from transfusion.diffusion.schedule import SCHEDULES
 from transfusion.evals.config import EvalConfig, chosen
 from transfusion.evals.interval import normal
 from transfusion.evals.score import batches, forward
 from transfusion.generate import Engine
-from transfusion.loss import Noise, image_errors
+from transfusion.loss import Noise, image_errors, noised
 from transfusion.sequence import Image, Text
 
 
@@ -41,9 +39,7 @@ def denoising_errors(
         for k, t in enumerate(config.times):
             eps = [fixed_noise(s, config.seed, i, k) for s, i in zip(shapes, numbers[first:])]
             noise = Noise(torch.full_like(batch.t_max, t), torch.cat(eps).to(engine.device))
-            alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[diffusion.schedule](noise.t))  # [N, 1]
-            z = add_noise(batch.patches, noise.eps, alpha, sigma)
-            _, predictions = forward(engine, batch, z, noise.t)
+            _, predictions = forward(engine, batch, noised(batch, noise, diffusion), noise.t)
             column.append(image_errors(predictions, batch, noise, diffusion).cpu().double().numpy())
         columns.append(np.stack(column))
     return np.concatenate(columns, 1)

@@ -40,6 +40,8 @@ class ModelConfig:
     patch_positions: bool = False  # add sinusoids of row and column to every patch
 
     def __post_init__(self):
+        if self.n_heads < 1 or self.n_layers < 1:
+            raise ValueError(f"n_heads = {self.n_heads}, n_layers = {self.n_layers}: at least 1 of each")
         if self.dim % self.n_heads or self.head_dim % 4:
             raise ValueError(f"dim = {self.dim} must be n_heads = {self.n_heads} heads of a multiple of 4")
         if self.n_heads % self.kv_heads:
