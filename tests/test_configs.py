@@ -40,7 +40,9 @@ def test_a_shipped_config_builds_a_model_of_its_sizes(path):
 @each_config
 def test_a_shipped_config_is_planned(path, capsys):
     assert main(["plan", str(path)]) == 0
-    assert f"the run: {load(path).train.steps:,} steps" in capsys.readouterr().out
+    c = load(path).train
+    wanted = f"fit into {c.minutes:g} minutes" if c.minutes else f"the run: {c.steps:,} steps"
+    assert wanted in capsys.readouterr().out
 
 
 @each_config
