@@ -1,7 +1,7 @@
 """The Engine: writes text until <boi>, draws the image by diffusion, closes it with <eoi>, writes on (section 3.3).
 
     settle   what is final and not cached yet goes through the model once: prompts, written tokens, finished images
-             (clean, t = 0, so that the text after an image sees what training showed); every writer gets its next token
+             (clean, t = 0, so that the text after it sees it as it sees a prompt's); every writer gets its next token
     draw     one solver step for all requests that draw: only the image's patches are computed, the conditional and the
              unconditional prefix side by side in one batch, each request at its own step
 
