@@ -48,7 +48,7 @@ TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": 
 N_HELD_OUT_CONCEPTS = 60
 NEAR = 8.0  # two pictures nearer than this (RMS of 16 x 16 pixels, out of 255) count as the same picture
 HELD_OUT_WORKS = ("macbeth", "twelfth_night")  # one tragedy, one comedy
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 CAPTION_REPEATS = {"en": 12, "de": 4, "fr": 4, "es": 4}  # captions are 1 MB against Shakespeare's 5: weigh them up
 
 

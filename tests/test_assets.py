@@ -125,11 +125,11 @@ def test_two_whole_works_of_shakespeare_are_held_out():
         assert np.mean([line in together for line in long_lines]) < 0.01
 
 
-def test_the_shipped_tokenizer_has_4096_tokens_and_short_captions(openmoji):
+def test_the_shipped_tokenizer_has_2048_tokens_and_short_captions(openmoji):
     tokenizer = load_tokenizer()
-    assert tokenizer.vocab_size == 4096
+    assert tokenizer.vocab_size == 2048
     lengths = [len(ids) for ids in tokenizer.encode_many(openmoji["captions"][:, 0].tolist())]
-    assert np.mean(lengths) < 6 and max(lengths) <= 20
+    assert np.mean(lengths) < 6.5 and max(lengths) <= 25
     macbeth = load_text("shakespeare")[0].held_out[0]
     ids = tokenizer.encode(macbeth)
     assert tokenizer.decode(ids) == macbeth and len(macbeth) / len(ids) > 2.5

@@ -34,7 +34,7 @@ def corpus_of(captions: list[list[list[int]]], works: Sequence[list[int]] = (), 
     images = np.repeat(np.arange(n, dtype=np.uint8), SIZE * SIZE * 3).reshape(n, SIZE, SIZE, 3)
     train = Captions(images, [[""]] * n, [[np.array(c) for c in own] for own in captions], [str(i) for i in range(n)])
     config = DataConfig(images=("here",), text=("here",), image_size=SIZE, **config)
-    return Corpus(config, SPECIAL, PATCH, {"train": train}, [np.array(w) for w in works], [])
+    return Corpus(config, SPECIAL, (SIZE // PATCH, SIZE // PATCH), {"train": train}, [np.array(w) for w in works], [])
 
 
 def flat(document: list[Text | Image]) -> list:

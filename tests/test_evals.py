@@ -67,7 +67,7 @@ def make_corpus(train=6, held_out=3, combination=2, text=TEXTS):
         "held_out_image": captioned(words(held_out, "the "), 1),
         "held_out_combination": captioned(words(combination, "no "), 2),
     }
-    return Corpus(DataConfig(image_size=SIDE), SPECIAL, PATCH, captions, [], list(text))
+    return Corpus(DataConfig(image_size=SIDE), SPECIAL, (SIDE // PATCH, SIDE // PATCH), captions, [], list(text))
 
 
 def make_engine(**diffusion):

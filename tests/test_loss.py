@@ -87,6 +87,14 @@ def test_noise_levels_are_uniform_up_to_the_limit_of_each_image_and_eps_is_norma
     assert abs(noise.eps.mean()) < 0.03 and abs(noise.eps.std() - 1) < 0.03
 
 
+def test_the_law_of_t_is_for_images_to_draw_and_levels_below_a_limit_are_uniform():
+    b = packed(0, [[[(2, 2)] * 20] * 5] * 4)
+    noisy = DiffusionConfig(t_law="logit_normal", t_mean=3.0, t_std=0.1)  # t is near 0.95
+    t = draw_noise(b, noisy, 0, 0).t
+    assert (t[b.t_max == 1] > 0.9).all()
+    assert torch.equal(t[b.t_max < 1], draw_noise(b, PAPER, 0, 0).t[b.t_max < 1])
+
+
 # -- image loss
 
 

@@ -29,7 +29,7 @@ def micro_batches(config: RunConfig):
     g = torch.Generator().manual_seed(0)
     words = torch.randint(10, config.model.vocab_size, (6000,), generator=g).tolist()
     corpus = corpus_of([[words[i : i + 1]] for i in range(20)], [words], image_share=config.data.image_share)
-    corpus = replace(corpus, config=replace(corpus.config, image_size=config.data.image_size), patch_size=4)
+    corpus = replace(corpus, config=replace(corpus.config, image_size=config.data.image_size), grid=(4, 4))
     train = corpus.captions["train"]
     side = config.data.image_size
     images = train.images.repeat(side // 8, 1).repeat(side // 8, 2)

@@ -6,7 +6,7 @@ The user's mistakes are ValueErrors with their remedy: they end in one line and 
 import argparse
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import PIL.Image
@@ -18,8 +18,8 @@ from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.plan import plan
 from transfusion.pretrained import load
-from transfusion.run import RunConfig, SampleConfig
-from transfusion.tokenizer import train_tokenizer
+from transfusion.run import RunConfig, SampleConfig, with_vocabulary
+from transfusion.tokenizer import load_tokenizer, train_tokenizer
 from transfusion.train import train
 
 RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
@@ -134,11 +134,7 @@ def run_eval(args):
 
 def run_plan(args):
     config = load_config(RunConfig, args.config, args.overrides)
-    if not config.model.vocab_size:
-        from transfusion.tokenizer import load_tokenizer
-
-        size = load_tokenizer(config.data.tokenizer).vocab_size
-        config = replace(config, model=replace(config.model, vocab_size=size))
+    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
     print(to_toml(config) + "\n" + plan(config))
 
 

@@ -20,6 +20,16 @@ class Codec:
     encode: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[np.ndarray], np.ndarray]
 
+    def grid(self, image_size: int, patch_size: int) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of image_size pixels a side; ValueError if they do not divide it."""
+        patch = self.factor * patch_size  # pixels
+        if image_size < 1 or image_size % patch:
+            raise ValueError(
+                f"data.image_size = {image_size} does not divide into patches of {patch} pixels (model.patch_size = "
+                f"{patch_size} cells of {self.factor}): choose a multiple of {patch}"
+            )
+        return image_size // patch, image_size // patch
+
 
 def encode_pixels(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image.transpose(2, 0, 1), np.float32) / 127.5 - 1.0

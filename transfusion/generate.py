@@ -9,6 +9,7 @@ A request is a document that grows; what stands where in it is `lay_out`'s word 
 tokens are drawn from its own seed, so it comes out the same alone or beside any others.
 """
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -96,6 +97,7 @@ class Engine:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.codec = CODECS[config.data.codec]
         self.fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
+        self.grid = self.codec.grid(config.data.image_size, config.model.patch_size)  # patches of an image to draw
 
     # ---- what users call ----
 
@@ -186,8 +188,8 @@ class Engine:
 
     def begin_image(self, r: Request):
         """Opens an image behind the document: pure noise, t = 1."""
-        side = self.config.data.image_size // self.codec.factor
-        canvas = Image(np.zeros((self.codec.channels, side, side), np.float32))
+        h, w = (n * self.fmt.patch_size for n in self.grid)
+        canvas = Image(np.zeros((self.codec.channels, h, w), np.float32))
         r.document.append(canvas)
         self.lay_out(r)
         r.free.sequence, r.free.settled = lay_out([Text(np.array([self.fmt.special.bos])), canvas], self.fmt), 0
@@ -220,9 +222,9 @@ class Engine:
         """Draws a request's next token from logits [V] and does what it says."""
         special, limit = self.fmt.special, self.config.train.seq_len
         length = len(r.main.sequence)
-        side = self.config.data.image_size // self.codec.factor // self.fmt.patch_size
+        room_to_draw = length + math.prod(self.grid) + 2 <= limit  # <boi>, the patches, <eoi>
         banned = [special.pad, special.bos, special.eoi, special.patch]
-        if r.mode == "text" or r.drawn >= sampling.max_images or length + side * side + 2 > limit:
+        if r.mode == "text" or r.drawn >= sampling.max_images or not room_to_draw:
             banned.append(special.boi)
         logits[banned] = -torch.inf
         token = pick(logits, sampling, r.random)

@@ -35,7 +35,9 @@ def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, firs
             generator.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1))
             u.append(torch.rand(images, generator=generator, device=device))
             eps.append(torch.randn(patches, batch.patches.shape[1], generator=generator, device=device))
-    t = sample_t(torch.cat(u), config.t_law, config.t_shift, config.t_mean, config.t_std)
+    u = torch.cat(u)
+    # The law puts noise where captions decide. An image that is read instead stays close to the clean ones of use.
+    t = torch.where(batch.t_max < 1, u, sample_t(u, config.t_law, config.t_shift, config.t_mean, config.t_std))
     return Noise(t * batch.t_max, torch.cat(eps))
 
 

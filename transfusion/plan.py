@@ -6,6 +6,8 @@ FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positi
 memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
 """
 
+import math
+
 from transfusion.codec import CODECS
 from transfusion.model.transformer import build_model, parameter_counts
 from transfusion.run import RunConfig
@@ -16,8 +18,8 @@ def count_flops(config: RunConfig) -> dict[str, float]:
     m, c, share = config.model, config.train, config.data.image_share
     parts = dict(parameter_counts(build_model(m, "meta")))
     positions = c.rows * c.seq_len
-    side = config.data.image_size // CODECS[config.data.codec].factor // m.patch_size
-    patches = positions * share * side**2 / (side**2 + 2)  # captions make it a little less
+    n = math.prod(CODECS[config.data.codec].grid(config.data.image_size, m.patch_size))  # patches of an image
+    patches = positions * share * n / (n + 2)  # captions make it a little less
     return {
         "trunk": 6.0 * parts["trunk"] * positions,
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,

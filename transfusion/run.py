@@ -6,7 +6,7 @@ RUN/skipped.txt       every input left out, and why
 RUN/checkpoints/step_00001000/                     the last few, each complete or absent
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -98,6 +98,16 @@ class RunConfig:
         if model.image_positions not in IMAGE_POSITIONS:
             known = ", ".join(IMAGE_POSITIONS)
             raise ValueError(f"model.image_positions = {model.image_positions!r}: choose one of {known}")
+
+
+def with_vocabulary(config: RunConfig, tokens: int) -> RunConfig:
+    """The config with a vocabulary of `tokens` where it names none; ValueError if it names a smaller one."""
+    if config.model.vocab_size and config.model.vocab_size < tokens:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokens} tokens: leave it out, or name "
+            "a smaller data.tokenizer"
+        )
+    return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or tokens))
 
 
 def pick_device(name: str) -> str:

@@ -26,7 +26,7 @@ from transfusion.metrics import Run, open_metrics
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
 from transfusion.pretrained import find
-from transfusion.run import RunConfig, pick_device, uses_bf16
+from transfusion.run import RunConfig, pick_device, uses_bf16, with_vocabulary
 from transfusion.sequence import Batch, Format
 from transfusion.sheet import contact_sheet
 from transfusion.tokenizer import Tokenizer, load_tokenizer
@@ -42,13 +42,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     if found and not resume:
         raise ValueError(f"{run} holds a run already: go on with it by --resume, or give another folder by out=FOLDER")
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if not config.model.vocab_size:
-        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokenizer.vocab_size} tokens: "
-            "leave it out, or name a smaller data.tokenizer"
-        )
+    config = with_vocabulary(config, tokenizer.vocab_size)
     device = torch.device(pick_device(config.device))
     fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
     corpus, reports = build_corpus(config.data, tokenizer, config.model.patch_size, config.train.seq_len)
@@ -127,11 +121,13 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
                     f"{bad_in_a_row} steps in a row without a finite gradient, the last of them step {step}: lower "
                     f"optim.lr (now {config.optim.lr:g}) or set train.precision=fp32; saved is {saved or 'nothing'}"
                 )
+            paused = time.perf_counter()
             if every(c.sample_every, done):
                 with averaged(model, ema) if ema is not None else nullcontext():
                     draw_samples(model, tokenizer, config, corpus, run / "samples" / f"step_{done:08d}.png")
             if every(c.save_every, done) or last:
                 saved = save(done)
+            since += time.perf_counter() - paused  # sheets and checkpoints are no training
             if last:
                 break
     if stopped:

@@ -83,7 +83,7 @@ class Corpus:
 
     config: DataConfig
     special: Special
-    patch_size: int
+    grid: tuple[int, int]  # rows and columns of patches of an image
     captions: dict[str, Captions]  # by split: train, held_out_image, held_out_combination
     works: list[np.ndarray]  # token ids of each training text
     held_out_text: list[str]
@@ -91,12 +91,6 @@ class Corpus:
     @property
     def codec(self) -> Codec:
         return CODECS[self.config.codec]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of an image."""
-        side = self.config.image_size // self.codec.factor // self.patch_size
-        return side, side
 
     @cached_property
     def stream(self) -> np.ndarray:
@@ -152,6 +146,7 @@ def build_corpus(
     config: DataConfig, tokenizer: Tokenizer, patch_size: int, seq_len: int
 ) -> tuple[Corpus, dict[str, Report]]:
     """(all data of a config, what was left out of each source and why)."""
+    grid = CODECS[config.codec].grid(config.image_size, patch_size)
     reports: dict[str, Report] = {}
     image_sets: list[ImageSet] = []
     text_sets: list[TextSet] = []
@@ -161,14 +156,6 @@ def build_corpus(
     for path in config.text:
         texts, reports[f"text {path}"] = load_text(path)
         text_sets.append(texts)
-    codec = CODECS[config.codec]
-    cells = config.image_size // codec.factor
-    if config.image_size % codec.factor or cells % patch_size:
-        raise ValueError(
-            f"data.image_size = {config.image_size} does not divide into patches of {patch_size} cells of "
-            f"{codec.factor} pixels: choose a multiple of {patch_size * codec.factor}"
-        )
-    grid = (cells // patch_size, cells // patch_size)
     captions: dict[str, Captions] = {}
     for split in ("train", "held_out_image", "held_out_combination"):
         pixels, names, texts, ids = [], [], [], []
@@ -198,4 +185,4 @@ def build_corpus(
         raise ValueError(f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions")
     works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
     held_out = [text for s in text_sets for text in s.held_out]
-    return Corpus(config, tokenizer.special, patch_size, captions, works, held_out), reports
+    return Corpus(config, tokenizer.special, grid, captions, works, held_out), reports
