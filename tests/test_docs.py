@@ -48,28 +48,28 @@ def test_the_batch_that_the_architecture_page_follows_is_the_one_it_shows():
     assert sequence.tokens[:5].tolist() == [1, 1165, 964, 318, 3] and len(sequence) == 23
     assert sequence.patches.shape == (16, 768)
     assert sequence.place[[4, 5, 20, 21]].tolist() == [[4, 4, 0, 0], [5, 5, 0, 0], [8, 8, 3, 3], [9, 9, 0, 0]]
-    assert (batch.n_targets, batch.n_images, len(batch.patches)) == (663, 76, 1216)
-    assert batch.place.shape == (16, 128, 4) and (batch.document < 0).sum() == 6
-    apple = batch.patch_image == 40
+    assert (batch.n_targets, batch.n_images, len(batch.patches)) == (1413, 147, 2352)
+    assert batch.place.shape == (32, 128, 4) and (batch.document < 0).sum() == 19
+    apple = batch.patch_image == 110
     assert (batch.patches[apple].numpy() == sequence.patches).all()
-    assert (batch.patch_at[apple][0], batch.patch_at[apple][-1]) == (1052, 1067)
-    assert noise.t[40].item() == pytest.approx(0.710, abs=5e-4)
-    assert found["lm"].item() / batch.n_targets == pytest.approx(8.39, abs=5e-3)
+    assert (batch.patch_at[apple][0], batch.patch_at[apple][-1]) == (2913, 2928)
+    assert noise.t[110].item() == pytest.approx(0.656, abs=5e-4)
+    assert found["lm"].item() / batch.n_targets == pytest.approx(7.65, abs=5e-3)
     assert found["image"].item() / batch.n_images == pytest.approx(0.82, abs=5e-3)
-    assert [f"{n / 1e6:.2f} M" for _, n in parameter_counts(found["model"])] == ["5.31 M", "3.15 M", "0.84 M"]
+    assert [f"{n / 1e6:.2f} M" for _, n in parameter_counts(found["model"])] == ["5.31 M", "1.57 M", "0.99 M"]
     groups = [len(g["params"]) for o in build_optimizers(found["model"], config.optim) for g in o.param_groups]
-    assert groups == [21, 6, 17]
+    assert groups == [21, 7, 18]
     said = " ".join(page.split())  # the page itself, so that neither it nor the numbers above can go their own way
     for words in (
         f"{train.rows} rows a step, a transformer of {model.n_layers} layers and width {model.dim}",
-        f"[663, {found['tokenizer'].vocab_size}]",
+        f"[1413, {found['tokenizer'].vocab_size}]",
         f"image documents {batch.n_images} s ... {batch.n_images} s + {batch.n_images - 1}",
-        f"8.39 + {train.image_weight:g} * 0.82",
-        "image 40 of the batch: patches 640 ... 655, at flat positions 1052 ... 1067",
-        "the apple gets t = 0.710",
-        "Of the step's 2048 positions 6 are padding",
-        "the 21 matrices of the blocks, AdamW the rest in two groups: 6 matrices with weight decay, as Muon's have, 17",
-        "5.31 M trunk, 3.15 M embedding and head, 0.84 M patch layers",
+        f"7.65 + {train.image_weight:g} * 0.82",
+        "image 110 of the batch: patches 1760 ... 1775, at flat positions 2913 ... 2928",
+        "the apple gets t = 0.656",
+        "Of the step's 4096 positions 19 are padding",
+        "the 21 matrices of the blocks, AdamW the rest in two groups: 7 matrices with weight decay, as Muon's have, 18",
+        "5.31 M trunk, 1.57 M embedding and head, 0.99 M patch layers",
     ):
         assert words in said, words
 

@@ -44,13 +44,16 @@ class Letters:
         return "".join(LETTERS[i - FIRST] for i in ids if i >= FIRST)
 
 
-def engine_of(seq_len=SEQ_LEN, prediction="v", sample=SampleConfig(steps=4, guidance=3.0), **options) -> Engine:  # noqa: B008
+SAMPLE = SampleConfig(steps=4, guidance=3.0)
+
+
+def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, **options) -> Engine:
     """An engine of a random model whose every parameter matters."""
     model = random_model(**options)
     config = RunConfig(
         model=model.config,
         data=DataConfig(image_size=SIZE),
-        diffusion=DiffusionConfig(prediction=prediction),
+        diffusion=DiffusionConfig(prediction=prediction, data_variance=data_variance),
         train=TrainConfig(seq_len=seq_len),
         sample=sample,
     )
@@ -107,8 +110,9 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
 
 @options
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance):
-    engine = engine_of(**options)
+@pytest.mark.parametrize("data_variance", [0.0, 0.4])
+def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance, data_variance):
+    engine = engine_of(data_variance=data_variance, **options)
     for prompt in (["abc"], ["ab", picture(0), "cd"]):
         got = engine.complete([engine.open(prompt)], "draw", [7], replace(engine.config.sample, guidance=guidance))
         want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), guidance)
@@ -127,7 +131,7 @@ def slow_image(engine: Engine, document: list[Text | Image], random: torch.Gener
         return guide(cond, whole(engine, [document[0], canvas], z, t[0])[1], guidance)
 
     schedule = SCHEDULES[c.diffusion.schedule]
-    denoise = denoiser_from(predict, c.diffusion.prediction, schedule, clip=1.0)
+    denoise = denoiser_from(predict, c.diffusion.prediction, schedule, 1.0, c.diffusion.data_variance)
     z = torch.randn(n, PATCH_DIM, generator=random)
     times = timesteps(c.sample.steps)
     for t, t_next in pairwise(times):

@@ -11,6 +11,7 @@ from transfusion.diffusion.objective import (
     DiffusionConfig,
     add_noise,
     loss_weight,
+    network_input,
     sample_t,
     solve,
     target,
@@ -111,7 +112,7 @@ def test_times_stay_in_the_unit_interval_and_keep_the_order_of_u(law, shift, u):
     u = torch.tensor(sorted(u), dtype=torch.float64)
     t = sample_t(u, law, shift)
     assert ((t >= 0) & (t <= 1)).all()
-    assert (t.diff() >= 0).all()
+    assert (t.diff() > -1e-12).all()
 
 
 def test_uniform_times_are_u_itself_and_a_shift_moves_them_towards_noise():
@@ -140,3 +141,22 @@ def test_a_wrong_setting_is_refused_with_the_choices(wrong, remedy):
 def test_the_default_config_is_the_papers():
     config = DiffusionConfig()
     assert (config.schedule, config.prediction, config.t_law, config.t_shift) == ("cosine", "eps", "uniform", 1.0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.7, 0.98])
+def test_the_network_reads_the_least_squares_estimate_of_x(schedule, t):
+    x, eps = draw(0, 200_000)
+    x, variance = 0.6 * x, 0.36
+    alpha, sigma = SCHEDULES[schedule](torch.tensor(t, dtype=x.dtype))
+    z = add_noise(x, eps, alpha, sigma)
+    best = (z @ x) / (z @ z)  # the c of the smallest |x - c z|^2
+    torch.testing.assert_close(network_input(z, alpha, sigma, variance), best * z, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_network_reads_z_itself_without_a_variance_and_a_clean_image_as_it_is(schedule):
+    z, _ = draw(0, 100)
+    alpha, sigma = SCHEDULES[schedule](torch.tensor(0.5))
+    assert network_input(z, alpha, sigma, 0.0) is z
+    assert torch.equal(network_input(z, *SCHEDULES[schedule](torch.tensor(0.0)), 0.4), z)

@@ -29,7 +29,7 @@ OPTIONS = {
     "grouped heads": {"n_kv_heads": 2},
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
-    "all": {"n_kv_heads": 1, "qk_norm": True, "image_positions": "axial", "patch_positions": True},
+    "all": {"n_kv_heads": 1, "qk_norm": True, "image_positions": "axial", "patch_positions": True, "time_scale": True},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

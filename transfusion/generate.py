@@ -251,10 +251,11 @@ class Engine:
         copies = len(chunk.lanes) // len(group)  # 2 with guidance
         owner = torch.repeat_interleave(torch.arange(len(chunk.lanes)), torch.tensor(sizes * copies)).to(self.device)
         first = torch.tensor([0, *sizes[:-1]], device=self.device).cumsum(0)  # each request's first patch
-        schedule = SCHEDULES[self.config.diffusion.schedule]
+        c = self.config.diffusion
+        schedule = SCHEDULES[c.schedule]
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
-            """[N, P] guided prediction at z [N, P], t [N, 1]."""
+            """[N, P] guided prediction at z [N, P] as the model reads it, t [N, 1]."""
             t = t[first, 0].repeat(copies)  # [I]
             _, p = self.forward(chunk, cache, z.repeat(copies, 1), t, owner, chunk.last[:0])
             return p.float() if copies == 1 else guide(*p.float().chunk(2), sampling.guidance)
@@ -264,7 +265,7 @@ class Engine:
             torch.repeat_interleave(times[[r.step + i for r in group]], torch.tensor(sizes))[:, None].to(self.device)
             for i in (0, 1)
         )
-        denoise = denoiser_from(predict, self.config.diffusion.prediction, schedule, clip=self.codec.limit)
+        denoise = denoiser_from(predict, c.prediction, schedule, self.codec.limit, c.data_variance)
         noise = (
             torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group])
             if sampling.solver == "ddpm"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, sample_t, target
+from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, network_input, sample_t, target
 from transfusion.diffusion.schedule import SCHEDULES
 from transfusion.model.transformer import Transfusion, row_mask
 from transfusion.sequence import Batch
@@ -42,9 +42,9 @@ def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, firs
 
 
 def noised(batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
-    """[N, P] the batch's patches behind their noise."""
+    """[N, P] the batch's patches behind their noise, as the model reads them."""
     alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))  # [N, 1]
-    return add_noise(batch.patches, noise.eps, alpha, sigma)
+    return network_input(add_noise(batch.patches, noise.eps, alpha, sigma), alpha, sigma, config.data_variance)
 
 
 class Losses(NamedTuple):

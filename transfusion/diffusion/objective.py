@@ -47,6 +47,7 @@ class DiffusionConfig:
     t_std: float = 1.0
     t_shift: float = 1.0  # > 1 trains on more noise; the usual choice for more pixels
     det_floor: float = 0.05  # bounds loss_weight at (1 / .05)^2
+    data_variance: float = 0.0  # if > 0, the network reads the linear estimate of x that it implies instead of z
 
     def __post_init__(self):
         choices = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "loss_space": {"", *PREDICTIONS}, "t_law": T_LAWS}
@@ -57,11 +58,24 @@ class DiffusionConfig:
         for field in ("t_std", "t_shift", "det_floor"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"diffusion.{field} = {getattr(self, field)} must be above 0")
+        if self.data_variance < 0:
+            raise ValueError(f"diffusion.data_variance = {self.data_variance}: a variance, or 0 to read z as it is")
 
 
 def add_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """z = alpha x + sigma eps, shaped like x."""
     return alpha * x + sigma * eps
+
+
+def network_input(z: Tensor, alpha: Tensor, sigma: Tensor, data_variance: float) -> Tensor:
+    """What the network reads: z, or with a variance v the best linear estimate of x, z alpha v / (alpha^2 v + sigma^2).
+
+    The estimate is EDM's c_skip z (arXiv 2206.00364, table 1). Near t = 1 it is near 0, so that noise, which says
+    nothing, does not drown the caption in the residual stream; at t = 0 it is z itself. Shaped like z.
+    """
+    if not data_variance:
+        return z
+    return z * (alpha * data_variance / (alpha**2 * data_variance + sigma**2))
 
 
 def target(prediction: str, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .objective import SOLVE_FLOOR, solve
+from .objective import SOLVE_FLOOR, network_input, solve
 from .schedule import Schedule, velocity_coefficients
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -21,9 +21,15 @@ Solver = Callable[[Tensor, Tensor, Tensor, Denoiser, Schedule, Tensor | None], T
 
 
 def denoiser_from(
-    predict: Callable[[Tensor, Tensor], Tensor], prediction: str, schedule: Schedule, clip: float | None = None
+    predict: Callable[[Tensor, Tensor], Tensor],
+    prediction: str,
+    schedule: Schedule,
+    clip: float | None = None,
+    data_variance: float = 0.0,
 ) -> Denoiser:
-    """The denoiser of a network `predict(z, t) -> p`; `clip` bounds |x| and moves eps so that z = alpha x + sigma eps.
+    """The denoiser of a network `predict(network_input(z), t) -> p`.
+
+    `clip` bounds |x| and moves eps so that z = alpha x + sigma eps.
 
     At t = 1 an eps-prediction says nothing about x (cosine: x = (z - eps) / 4.9e-5), and every solver's first step from
     there hands on the network's error alpha(t_next) / 4.9e-5 times: 126-fold at 250 steps. Clip, or begin a little
@@ -32,7 +38,8 @@ def denoiser_from(
 
     def denoise(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = schedule(t)
-        x, eps = solve(prediction, predict(z, t), z, alpha, sigma)
+        p = predict(network_input(z, alpha, sigma, data_variance), t)
+        x, eps = solve(prediction, p, z, alpha, sigma)
         if clip is None:
             return x, eps
         clipped = x.clamp(-clip, clip)

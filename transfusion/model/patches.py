@@ -1,9 +1,10 @@
 """How patches enter and leave the transformer: one linear layer each way, the noise level added on the way in.
 
-    h = W_in z + time(t) [+ where(row, column)]        p = W_out h        time(t) = W2 silu(W1 sinusoid(1000 t))
+    h = W_in z [* (1 + W3 c)] + W2 c [+ where(row, column)]        p = W_out h        c = silu(W1 sinusoid(1000 t))
 
-The timestep embedding is section 3's (in DiT's form, 2212.09748). `where` is an option of ours: fixed sinusoids of the
-patch's row and column, as in ViTs. Without it a patch learns its own place only from rotary attention to the others.
+The timestep embedding W2 c is section 3's (in DiT's form, 2212.09748). Two options are ours. `where`: fixed sinusoids
+of the patch's row and column, as in ViTs; without it a patch learns its own place only from rotary attention to the
+others. `scale`: t also scales the patch (FiLM, 1709.07871), so that noise can be kept out where it says nothing.
 """
 
 import math
@@ -24,18 +25,22 @@ def sinusoid(x: Tensor, n: int) -> Tensor:
 class LinearPatches(nn.Module):
     """Linear patch embedding with timestep embedding, and linear read-out."""
 
-    def __init__(self, dim: int, patch_dim: int, positions: bool = False):
+    def __init__(self, dim: int, patch_dim: int, positions: bool = False, time_scale: bool = False):
         super().__init__()
         self.positions = positions
         self.inp = nn.Linear(patch_dim, dim)
         self.time1 = nn.Linear(2 * N_FREQUENCIES, dim)
         self.time2 = nn.Linear(dim, dim)
+        self.scale = nn.Linear(dim, dim) if time_scale else None
         self.out = nn.Linear(dim, patch_dim)
 
     def encode(self, z: Tensor, t: Tensor, patch_image: Tensor, grid: Tensor) -> Tensor:
         """[N, D] embeddings of noisy patches z [N, P]; t [I] in [0, 1] of each image, grid [N, 2] of row and column."""
-        time = self.time2(nn.functional.silu(self.time1(sinusoid(1000 * t, N_FREQUENCIES))))  # [I, D]
-        h = self.inp(z) + time[patch_image]
+        c = nn.functional.silu(self.time1(sinusoid(1000 * t, N_FREQUENCIES)))  # [I, D]
+        h = self.inp(z)
+        if self.scale is not None:
+            h = h * (1 + self.scale(c)[patch_image])
+        h = h + self.time2(c)[patch_image]
         if self.positions:
             h = h + sinusoid(grid, h.shape[-1] // 4).flatten(-2).to(h.dtype)
         return h
@@ -48,5 +53,8 @@ class LinearPatches(nn.Module):
         for layer in (self.inp, self.time1, self.time2):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        if self.scale is not None:
+            nn.init.zeros_(self.scale.weight)
+            nn.init.zeros_(self.scale.bias)
         nn.init.zeros_(self.out.weight)  # starts as the mean of the data, as in DiT
         nn.init.zeros_(self.out.bias)

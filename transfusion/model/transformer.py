@@ -38,6 +38,7 @@ class ModelConfig:
     qk_norm: bool = False
     image_positions: str = "raster"  # rotary coordinates of patches; or "axial"
     patch_positions: bool = False  # add sinusoids of row and column to every patch
+    time_scale: bool = False  # the noise level also scales every patch
 
     def __post_init__(self):
         if self.n_heads < 1 or self.n_layers < 1:
@@ -120,7 +121,7 @@ class Transfusion(nn.Module):
             raise ValueError("model.vocab_size is 0: set it, or let `transfusion train` take it from the tokenizer")
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.patches = LinearPatches(config.dim, config.patch_dim, config.patch_positions)
+        self.patches = LinearPatches(config.dim, config.patch_dim, config.patch_positions, config.time_scale)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
