@@ -41,7 +41,7 @@ def test_a_shipped_config_builds_a_model_of_its_sizes(path):
 def test_a_shipped_config_is_planned(path, capsys):
     assert main(["plan", str(path)]) == 0
     c = load(path).train
-    wanted = f"fit into {c.minutes:g} minutes" if c.minutes else f"the run: {c.steps:,} steps"
+    wanted = f"fit into {c.minutes:g} minutes" if not c.steps else f"the run: {c.steps:,} steps"
     assert wanted in capsys.readouterr().out
 
 

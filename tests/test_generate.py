@@ -428,9 +428,10 @@ def memorised() -> Engine:
     """A model that has learnt four captioned 16-pixel images by heart, by the training's own functions."""
     torch.manual_seed(0)
     images, tokenizer, steps = motifs(), Letters(), 450
-    model = build_model(ModelConfig(dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8))
+    sizes = ModelConfig(dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8, time_scale=True)
+    model = build_model(sizes)
     data, train = DataConfig(image_size=16), TrainConfig(seq_len=32)
-    diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow")
+    diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow", data_variance=0.5)
     sample = SampleConfig(steps=10, solver="euler", guidance=1.5, temperature=0)
     engine = Engine(
         model, tokenizer, RunConfig(model=model.config, data=data, diffusion=diffusion, train=train, sample=sample)

@@ -108,6 +108,21 @@ def test_steps_take_the_images_one_after_the_other_so_that_an_epoch_shows_each_o
     assert counts.sum() == 23 * n and (counts == n).all()
 
 
+def test_documents_of_any_length_are_trained_on_alike_where_few_fit_into_a_row():
+    captions = [[list(range(10, 11 + i % 10))] for i in range(60)]  # 9 to 18 positions: one or two fit
+    corpus = corpus_of(captions, image_share=1.0, caption_first=1.0, caption_dropout=0.3)
+    packer = Packer(corpus, FORMAT, seed=0, rows=5, seq_len=26)
+    trained, alone = np.zeros(60, int), 0
+    for step in range(300):
+        (batch,) = packer.batches(step)
+        levels = ((batch.patches[:, 0] + 1) * 127.5).round().int().reshape(batch.n_images, -1)[:, 0]
+        trained += np.bincount(levels, minlength=60)
+        alone += ((batch.tokens[:, :-1] == SPECIAL.bos) & (batch.tokens[:, 1:] == SPECIAL.boi)).sum().item()
+    of_length = trained.reshape(6, 10).sum(0)
+    assert of_length.min() > 0.8 * of_length.max()
+    assert alone / trained.sum() == pytest.approx(0.3, abs=0.05)  # the shortest of all: no caption
+
+
 def test_a_step_has_the_configured_share_of_images():
     for share in (0.25, 0.5, 0.8):
         corpus, fmt = shipped()

@@ -20,7 +20,7 @@ from transfusion.sequence import Format
 CONFIG = RunConfig(
     model=ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=176, vocab_size=512, patch_size=4),
     data=DataConfig(image_size=16),
-    train=TrainConfig(rows=8, seq_len=128, precision="fp32"),
+    train=TrainConfig(steps=1000, rows=8, seq_len=128, precision="fp32"),
 )
 
 

@@ -22,6 +22,7 @@ from transfusion import config as configs
 from transfusion import train as loop
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.data.documents import DataConfig
+from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.loss import Losses
 from transfusion.metrics import MetricsConfig, read_records
 from transfusion.model.transformer import ModelConfig
@@ -303,13 +304,31 @@ def test_minutes_become_steps_and_the_run_is_the_run_of_so_many_steps(tiny, tmp_
         return 0.5
 
     monkeypatch.setattr(loop, "seconds_per_step", known)
-    config = with_train(tiny, minutes=0.05, steps=1)
+    config = with_train(tiny, minutes=0.05, steps=0)
     cut(config, tmp_path / "minutes", [3], monkeypatch)  # 3 seconds: 6 steps
     train(with_train(tiny, steps=6), tmp_path / "steps")
     assert configs.load_config(RunConfig, tmp_path / "minutes" / "config.toml").train.steps == 6
     assert_same_runs(tmp_path / "minutes", tmp_path / "steps")
     monkeypatch.setattr(loop, "seconds_per_step", lambda *inputs: 0.01)
     assert read_state(train(config, tmp_path / "minutes", resume=True))["step"] == 6  # not measured again
+    with pytest.raises(ValueError, match=r"has 6 steps since it began: for another number, set train.steps"):
+        train(with_train(config, minutes=9.0), tmp_path / "minutes", resume=True)
+
+
+def test_a_number_of_steps_wins_over_minutes(tiny, tmp_path):
+    assert read_state(train(with_train(tiny, minutes=60.0, steps=2), tmp_path))["step"] == 2
+    with pytest.raises(ValueError, match="one of them must be above 0"):
+        with_train(tiny, minutes=0.0, steps=0)
+
+
+def test_a_run_is_not_resumed_with_other_tokens(tiny, tmp_path):
+    train(tiny, tmp_path / "run")
+    other = tmp_path / "other.json"
+    train_tokenizer(["other words altogether"] * 9, 270).save(other)
+    before = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match=r"trained with other tokens: set data\.tokenizer=.*run/tokenizer\.json"):
+        train(replace(tiny, data=replace(tiny.data, tokenizer=str(other))), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == before
 
 
 def test_a_run_on_text_alone_trains_and_draws_nothing(tiny, tmp_path):
@@ -336,13 +355,18 @@ def test_the_config_in_a_checkpoint_is_the_resolved_one(tiny, tmp_path):
     assert json.loads((saved / "state.json").read_text())["config"]["model"]["vocab_size"] == 270
 
 
-def test_a_run_with_init_begins_with_the_averaged_weights_of_that_model(tiny, tmp_path):
+def test_a_run_with_init_begins_with_the_averaged_weights_of_that_model(tiny, tmp_path, capsys):
     first = train(tiny, tmp_path / "first")
+    capsys.readouterr()
     # one step at a learning rate that changes no float32: the weights are those of step 0
     still = replace(tiny, init=str(tmp_path / "first"), optim=OptimConfig(lr=1e-30, min_lr=0.0, weight_decay=0.0))
     second = train(with_train(still, steps=1), tmp_path / "second")
     begun, averaged = load_file(second / "model.safetensors"), load_file(first / "ema.safetensors")
     assert all(torch.equal(begun[name], averaged[name]) for name in averaged)
+    assert "init:" not in capsys.readouterr().out
+    flow = replace(still, diffusion=DiffusionConfig(prediction="flow"))
+    train(with_train(flow, steps=1), tmp_path / "flow")
+    assert "init: diffusion.prediction was eps, now flow" in capsys.readouterr().out
     fresh = train(with_train(replace(still, init=""), steps=1), tmp_path / "fresh")
     assert not torch.equal(load_file(fresh / "model.safetensors")["output.weight"], averaged["output.weight"])
 

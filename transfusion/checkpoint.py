@@ -3,7 +3,7 @@
     step_00001200/  model.safetensors   the weights
                     ema.safetensors     their average, if one is kept (same names, so it loads as a model too)
                     optimizer.pt        the optimizers' state dicts
-                    state.json          step, config, data cursors and counters, versions, size of each file
+                    state.json          step, config, counters, versions, size of each file
 
 Written under a .tmp- name, synced, then renamed: a crash at any moment leaves the old ones, and what it left half done
 is cleared by the next save. Resuming is bitwise: same weights, same optimizer state, and no random state to save.

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import PIL.Image
 
-from transfusion.config import load_config, to_toml
+from transfusion.config import load_config, override, to_toml
 from transfusion.data.documents import build_corpus
 from transfusion.data.text import load_text
+from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.plan import plan
@@ -23,6 +24,17 @@ from transfusion.tokenizer import load_tokenizer, train_tokenizer
 from transfusion.train import train
 
 RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
+
+
+SAMPLING = {
+    "steps": "of the solver: more is slower and finer",
+    "solver": f"how noise becomes an image: {', '.join(SOLVERS)}",
+    "guidance": "how much an image follows its prompt; 1 = no guidance",
+    "temperature": "of text; 0 = always the likeliest token",
+    "top_p": "pick tokens among the likeliest of this total probability",
+    "top_k": "pick tokens among so many likeliest; 0 = all",
+    "max_tokens": "of text, at most",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     def with_config(p: argparse.ArgumentParser):
         p.add_argument("config", metavar="CONFIG.toml", help="a file of configs/, or your own")
-        p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.images=my/folder train.steps=500")
+        p.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="e.g. out=runs/mine data.images=my/folder train.steps=500; without out: runs/NAME OF THE CONFIG",
+        )
 
     def with_model(p: argparse.ArgumentParser):
         p.add_argument("model", metavar="RUN", help=RUN_HELP)
@@ -48,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         for field in fields(SampleConfig):
             if field.name in names:
                 flag = "--" + field.name.replace("_", "-")
-                p.add_argument(flag, dest=field.name, type=field.type, help="default: the run's own setting")
+                p.add_argument(
+                    flag, dest=field.name, type=field.type, help=f"{SAMPLING[field.name]}; default: the run's own"
+                )
         p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")
 
     p = command("train", run_train, "Train a model, or go on training one.")
@@ -66,13 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("caption", run_caption, "Say what is on each image.")
     with_model(p)
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture file: PNG, JPEG, WebP, ...")
     with_sampling(p, "temperature", "max_tokens")
 
     p = command("eval", run_eval, "Measure a model on its data: text, captions, diffusion, drawings.")
     with_model(p)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="fields of EvalConfig, e.g. n_captions=500")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="n_captions=500, data.images=FOLDER, ...: fields of EvalConfig, and other data than the run's own",
+    )
 
     p = command("plan", run_plan, "Print a config's parameters, FLOPs and memory; runs nothing.")
     with_config(p)
@@ -123,9 +147,10 @@ def run_caption(args):
 
 def run_eval(args):
     engine = load(args.model, args.device)
-    c = engine.config
+    of_data = [text for text in args.overrides if text.startswith("data.")]
+    c = override(engine.config, of_data)
     corpus, _ = build_corpus(c.data, engine.tokenizer, c.model.patch_size, c.train.seq_len)
-    results = evaluate(engine, corpus, load_config(EvalConfig, None, args.overrides))
+    results = evaluate(engine, corpus, load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]))
     print(table(results))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

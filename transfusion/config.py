@@ -1,7 +1,7 @@
 """TOML file + dotted overrides -> nested frozen dataclasses, and back. Knows no field: each dataclass lives beside
 its code, and its type hints say what is valid.
 
-    dataclass defaults  <  file.toml  <  "optim.lr=1e-3" "data.sizes=64,128"
+    dataclass defaults  <  file.toml  <  "optim.lr=1e-3" "data.images=cats,dogs"
 
 Types: int, float (takes an int), str, bool, tuple[X, ...] (takes one value), tuple[X, Y], X | None (written "none"
 in TOML, which has no null), nested dataclasses, dict[str, X].
@@ -34,6 +34,14 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     for override in overrides:
         apply_override(data, override)
     return from_dict(cls, data)
+
+
+def override(config: T, overrides: Sequence[str]) -> T:
+    """The config with "a.b=value" overrides; ValueError says what is wrong."""
+    data = to_dict(config)
+    for text in overrides:
+        apply_override(data, text)
+    return from_dict(type(config), data)
 
 
 def from_dict(cls: type[T], data: dict[str, Any]) -> T:

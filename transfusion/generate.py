@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from transfusion.codec import CODECS
+from transfusion.data.documents import image_alone
 from transfusion.data.images import to_square
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
@@ -192,7 +193,7 @@ class Engine:
         canvas = Image(np.zeros((self.codec.channels, h, w), np.float32))
         r.document.append(canvas)
         self.lay_out(r)
-        r.free.sequence, r.free.settled = lay_out([Text(np.array([self.fmt.special.bos])), canvas], self.fmt), 0
+        r.free.sequence, r.free.settled = lay_out(image_alone(self.fmt.special, canvas), self.fmt), 0
         n = len(r.free.sequence.patches)
         r.z, r.step = torch.randn(n, self.config.model.patch_dim, generator=r.random).to(self.device), 0
 

@@ -57,7 +57,7 @@ def plan(config: RunConfig) -> str:
         f"the run: {config.train.steps:,} steps of {positions:,} positions = {config.train.steps * positions:,} "
         f"positions, {config.train.steps * sum(flops.values()):.3g} FLOP"
     )
-    if config.train.minutes:
+    if not config.train.steps:
         length = f"the run: as many steps of {positions:,} positions as fit into {config.train.minutes:g} minutes"
 
     def rows(title: str, values: dict[str, float], scale: float, unit: str) -> list[str]:

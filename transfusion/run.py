@@ -26,8 +26,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 class TrainConfig:
     """The loop. A step takes `rows` rows of `seq_len` positions, in `accumulate` micro-batches."""
 
-    steps: int = 1000
-    minutes: float = 0.0  # if > 0, `steps` is set at the start to what fits into these minutes on this machine
+    steps: int = 0  # 0 = as many as fit into `minutes` on this machine, found at the start by measuring
+    minutes: float = 10.0  # of training; without effect where `steps` is given
     rows: int = 32
     seq_len: int = 256
     accumulate: int = 1
@@ -41,9 +41,11 @@ class TrainConfig:
     max_bad_steps: int = 5  # stop after so many non-finite steps in a row
 
     def __post_init__(self):
-        for name in ("steps", "rows", "seq_len", "accumulate", "max_bad_steps", "keep"):
+        for name in ("rows", "seq_len", "accumulate", "max_bad_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: it must be at least 1")
+        if self.steps < 0 or not (self.steps or self.minutes > 0):
+            raise ValueError(f"train.steps = {self.steps}, train.minutes = {self.minutes}: one of them must be above 0")
         if self.rows % self.accumulate:
             raise ValueError(f"train.rows = {self.rows} is not a multiple of train.accumulate = {self.accumulate}")
         if self.precision not in PRECISIONS:
@@ -69,8 +71,10 @@ class SampleConfig:
             raise ValueError(f"sample.solver = {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.steps < 1:
             raise ValueError(f"sample.steps = {self.steps}: at least 1 step leads from noise to an image")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError("sampling wants temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+        if self.max_tokens < 1 or self.max_images < 0:
+            raise ValueError("sampling wants max_tokens >= 1 and max_images >= 0")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transfusion.loss import draw_noise, losses
 from transfusion.metrics import Run, open_metrics
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
-from transfusion.pretrained import find
+from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import RunConfig, pick_device, uses_bf16, with_vocabulary
 from transfusion.sequence import Batch, Format
 from transfusion.sheet import contact_sheet
@@ -48,6 +48,11 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     corpus, reports = build_corpus(config.data, tokenizer, config.model.patch_size, config.train.seq_len)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
+    held_out = sum(len(c) for c in corpus.captions.values()) - len(corpus.captions["train"])
+    print(
+        f"to train on: {len(corpus.captions['train'])} images, {len(corpus.works)} texts; "
+        f"held out: {held_out} images, {len(corpus.held_out_text)} texts"
+    )
 
     model = build_model(config.model, device)
     if config.train.compile:
@@ -56,6 +61,8 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
     first, skipped = 0, 0
     if found:
+        if load_tokenizer(run / TOKENIZER).hf.get_vocab() != tokenizer.hf.get_vocab():
+            raise ValueError(f"{run} was trained with other tokens: set data.tokenizer={run / TOKENIZER}")
         config = match_steps(config, checkpoint.read_state(found))
         ema = init_ema(model) if config.optim.ema else None
         now = configs.to_dict(config)
@@ -65,7 +72,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
         first, skipped = state["step"], state["skipped"]
     else:
         begin(model, config, tokenizer)
-        if config.train.minutes:
+        if not config.train.steps:
             seconds = seconds_per_step(model, optimizers, packer, config)
             steps = max(1, int(60 * config.train.minutes / seconds))
             print(f"{seconds:.3f} s a step: {steps} steps in {config.train.minutes:g} minutes")
@@ -76,7 +83,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     c = config.train
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(configs.to_toml(config))
-    tokenizer.save(run / "tokenizer.json")
+    tokenizer.save(run / TOKENIZER)
     (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
     def save(step: int) -> Path:
@@ -143,6 +150,9 @@ def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
         trained = find(config.init)
         if load_tokenizer(trained.tokenizer).hf.get_vocab() != tokenizer.hf.get_vocab():
             raise ValueError(f"{config.init} has other tokens: set data.tokenizer={trained.tokenizer}")
+        parts = [{k: configs.to_dict(c)[k] for k in ("model", "diffusion")} for c in (trained.config, config)]
+        for line in checkpoint.differences(*parts):
+            print(f"init: {line}")
         checkpoint.load_weights(model, trained.weights)
 
 
@@ -177,10 +187,13 @@ def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, confi
 
 
 def match_steps(config: RunConfig, state: dict) -> RunConfig:
-    """The config of a resumed run whose number of steps was found by measuring."""
-    if not config.train.minutes:
+    """The config of a resumed run whose number of steps was found by measuring when it began."""
+    began = state["config"]["train"]
+    if config.train.steps:
         return config
-    return replace(config, train=replace(config.train, steps=state["config"]["train"]["steps"]))
+    if config.train.minutes != began["minutes"]:
+        raise ValueError(f"the run has {began['steps']} steps since it began: for another number, set train.steps")
+    return replace(config, train=replace(config.train, steps=began["steps"]))
 
 
 def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path: Path):

@@ -50,6 +50,11 @@ class DataConfig:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
 
 
+def image_alone(special: Special, image: Image) -> list[Text | Image]:
+    """An image without its caption: the unconditional half of guidance."""
+    return [Text(np.array([special.bos])), image]
+
+
 def caption_then_image(special: Special, caption: np.ndarray, image: Image) -> list[Text | Image]:
     return [Text(np.concatenate([[special.bos], caption])), image, Text(np.array([special.eos]))]
 
@@ -118,7 +123,7 @@ class Corpus:
             caption = ids[1 + int(which * (len(ids) - 1))]
         if first < c.caption_first:
             if drop < c.caption_dropout:
-                return [Text(np.array([self.special.bos])), self.image(train.images[i])]
+                return image_alone(self.special, self.image(train.images[i]))
             return caption_then_image(self.special, caption, self.image(train.images[i]))
         return image_then_caption(self.special, caption, self.image(train.images[i], c.noise_limit))
 
@@ -182,7 +187,10 @@ def build_corpus(
         )
     if config.image_share and not len(captions["train"]):
         need = length(2, [grid])
-        raise ValueError(f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions")
+        raise ValueError(
+            f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
+            "train.seq_len or model.patch_size"
+        )
     works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
     held_out = [text for s in text_sets for text in s.held_out]
     return Corpus(config, tokenizer.special, grid, captions, works, held_out), reports

@@ -1,7 +1,7 @@
 """Batches of training, each a pure function of (seed, step): no state to save, no order to lose.
 
-step s takes image documents s*n .. s*n + n-1, packs them by first-fit decreasing into its rows,
-and fills every gap with text: row r gets window s*rows + r, cut to the room that is left.
+step s takes image documents s*n .. s*n + n-1, packs as many of the first of them as fit into its rows (first-fit
+decreasing), and fills every gap with text: row r gets window s*rows + r, cut to the room that is left.
 
 | caption [image] | caption [image] | text |
 | [image] caption | caption [image] | text |
@@ -34,16 +34,20 @@ class Packer:
 
     @property
     def images_per_step(self) -> int:
+        """Image documents that a step looks at: as many as fill their share of its positions."""
         share = self.corpus.config.image_share
         if not share:
             return 0
         return max(1, int(share * self.rows * self.seq_len / self.corpus.image_document_length))
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step; documents that fit in no row (rare) wait for the next epoch."""
+        """The micro-batches of a step; the last of its documents, of any length, wait for an epoch if not all fit."""
         n = self.images_per_step
         images = [lay_out(self.corpus.image_document(self.seed, step * n + i), self.fmt) for i in range(n)]
-        placed, _ = first_fit((len(s) for s in images), self.rows, self.seq_len)
+        placed, left_over = first_fit(map(len, images), self.rows, self.seq_len)
+        while left_over:  # first-fit leaves the shortest over, and would never train on them
+            images = images[: -len(left_over)]
+            placed, left_over = first_fit(map(len, images), self.rows, self.seq_len)
         rows = [[images[i] for i in row] for row in placed]
         if self.corpus.works and self.corpus.config.image_share < 1:
             for r, row in enumerate(rows):

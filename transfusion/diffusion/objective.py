@@ -58,8 +58,11 @@ class DiffusionConfig:
         for field in ("t_std", "t_shift", "det_floor"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"diffusion.{field} = {getattr(self, field)} must be above 0")
-        if self.data_variance < 0:
-            raise ValueError(f"diffusion.data_variance = {self.data_variance}: a variance, or 0 to read z as it is")
+        if self.data_variance < 0 or (self.data_variance and self.prediction != "x0"):
+            raise ValueError(
+                f"diffusion.data_variance = {self.data_variance}: 0 to read z as it is, or, with prediction x0 only, a "
+                "variance (it scales the noise away that other predictions ask for)"
+            )
 
 
 def add_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -68,10 +71,11 @@ def add_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def network_input(z: Tensor, alpha: Tensor, sigma: Tensor, data_variance: float) -> Tensor:
-    """What the network reads: z, or with a variance v the best linear estimate of x, z alpha v / (alpha^2 v + sigma^2).
+    """What the network reads: z, or with a variance v the linear estimate of x, z alpha v / (alpha^2 v + sigma^2).
 
-    The estimate is EDM's c_skip z (arXiv 2206.00364, table 1). Near t = 1 it is near 0, so that noise, which says
-    nothing, does not drown the caption in the residual stream; at t = 0 it is z itself. Shaped like z.
+    The estimate is EDM's c_skip z (arXiv 2206.00364, table 1), the best for data of mean 0 and variance v; what another
+    mean would add depends on t alone and is left to the timestep embedding. Near t = 1 it is near 0, so that noise,
+    which says nothing, does not drown the caption in the residual stream; at t = 0 it is z itself. Shaped like z.
     """
     if not data_variance:
         return z
