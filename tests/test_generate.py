@@ -110,9 +110,9 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
 
 @options
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("data_variance", [0.0, 0.4])
-def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance, data_variance):
-    engine = engine_of(data_variance=data_variance, **options)
+@pytest.mark.parametrize("objective", [{"prediction": "v"}, {"prediction": "x0", "data_variance": 0.4}], ids=str)
+def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance, objective):
+    engine = engine_of(**objective, **options)
     for prompt in (["abc"], ["ab", picture(0), "cd"]):
         got = engine.complete([engine.open(prompt)], "draw", [7], replace(engine.config.sample, guidance=guidance))
         want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), guidance)

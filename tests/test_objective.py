@@ -160,3 +160,10 @@ def test_the_network_reads_z_itself_without_a_variance_and_a_clean_image_as_it_i
     alpha, sigma = SCHEDULES[schedule](torch.tensor(0.5))
     assert network_input(z, alpha, sigma, 0.0) is z
     assert torch.equal(network_input(z, *SCHEDULES[schedule](torch.tensor(0.0)), 0.4), z)
+
+
+def test_a_data_variance_is_refused_where_the_prediction_asks_for_noise():
+    with pytest.raises(ValueError, match="with prediction x0 only"):
+        DiffusionConfig(prediction="eps", data_variance=0.4)
+    with pytest.raises(ValueError, match=r"data_variance = -1\.0"):
+        DiffusionConfig(prediction="x0", data_variance=-1.0)
