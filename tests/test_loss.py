@@ -10,7 +10,8 @@ from random_rows import CHANNELS, FORMATS, PATCH_DIM, PATCH_SIZE, VOCAB, documen
 
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import SCHEDULES
-from transfusion.loss import Noise, draw_noise, image_errors, losses
+from transfusion.diffusion.solver import denoiser_from
+from transfusion.loss import Noise, draw_noise, image_errors, losses, noised
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.sequence import collate, lay_out
 
@@ -93,6 +94,18 @@ def test_the_law_of_t_is_for_images_to_draw_and_levels_below_a_limit_are_uniform
     t = draw_noise(b, noisy, 0, 0).t
     assert (t[b.t_max == 1] > 0.9).all()
     assert torch.equal(t[b.t_max < 1], draw_noise(b, PAPER, 0, 0).t[b.t_max < 1])
+
+
+def test_the_model_reads_the_same_in_training_and_in_sampling():
+    config = DiffusionConfig(schedule="linear", prediction="x0", data_variance=0.4)
+    b, seen = packed(0, ROWS), []
+    noise = draw_noise(b, config, 0, 0)
+    t = noise.t[b.patch_image, None]
+    z = (1 - t) * b.patches + t * noise.eps
+    denoise = denoiser_from(lambda z, t: seen.append(z) or z, "x0", SCHEDULES["linear"], None, config.data_variance)
+    denoise(z, t)
+    torch.testing.assert_close(noised(b, noise, config), seen[0])
+    assert not torch.allclose(seen[0], z)
 
 
 # -- image loss

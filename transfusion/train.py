@@ -61,8 +61,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
     first, skipped = 0, 0
     if found:
-        if load_tokenizer(run / TOKENIZER).hf.get_vocab() != tokenizer.hf.get_vocab():
-            raise ValueError(f"{run} was trained with other tokens: set data.tokenizer={run / TOKENIZER}")
+        same_tokens(run, run / TOKENIZER, tokenizer)
         config = match_steps(config, checkpoint.read_state(found))
         ema = init_ema(model) if config.optim.ema else None
         now = configs.to_dict(config)
@@ -142,14 +141,19 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     return saved
 
 
+def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):
+    """Raises ValueError where the model of that name was trained with other tokens, those of `file`."""
+    if load_tokenizer(file).hf.get_vocab() != tokenizer.hf.get_vocab():
+        raise ValueError(f"{name} was trained with other tokens: set data.tokenizer={file}")
+
+
 def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
     """Gives the model the weights of step 0: those of `init`, or fresh ones drawn from the seed."""
     torch.manual_seed(config.seed)
     model.init_weights()
     if config.init:
         trained = find(config.init)
-        if load_tokenizer(trained.tokenizer).hf.get_vocab() != tokenizer.hf.get_vocab():
-            raise ValueError(f"{config.init} has other tokens: set data.tokenizer={trained.tokenizer}")
+        same_tokens(config.init, trained.tokenizer, tokenizer)
         parts = [{k: configs.to_dict(c)[k] for k in ("model", "diffusion")} for c in (trained.config, config)]
         for line in checkpoint.differences(*parts):
             print(f"init: {line}")
