@@ -31,7 +31,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.demo: $(LISTS) | $(BIN)/pip
-	$(PIP) -e '.[demo]'
+	$(PIP) -e '.[plot]'
 	touch $@
 
 $(VENV)/.test: $(LISTS) | $(BIN)/pip

@@ -58,9 +58,9 @@ def test_the_batch_that_the_architecture_page_follows_is_the_one_it_shows():
     assert noise.t[110].item() == pytest.approx(0.656, abs=5e-4)
     assert found["lm"].item() / batch.n_targets == pytest.approx(7.65, abs=1e-2)
     assert found["image"].item() / batch.n_images == pytest.approx(0.82, abs=5e-3)
-    assert [f"{n / 1e6:.2f} M" for _, n in parameter_counts(found["model"])] == ["5.31 M", "1.57 M", "0.99 M"]
+    assert [f"{n / 1e6:.2f} M" for _, n in parameter_counts(found["model"])] == ["5.31 M", "1.57 M", "1.02 M"]
     groups = [len(g["params"]) for o in build_optimizers(found["model"], config.optim) for g in o.param_groups]
-    assert groups == [21, 7, 18]
+    assert groups == [21, 12, 23]
     said = " ".join(page.split())  # the page itself, so that neither it nor the numbers above can go their own way
     for words in (
         f"{train.rows} rows a step, a transformer of {model.n_layers} layers and width {model.dim}",
@@ -70,8 +70,8 @@ def test_the_batch_that_the_architecture_page_follows_is_the_one_it_shows():
         "image 110 of the batch: patches 1760 ... 1775, at flat positions 2913 ... 2928",
         "the apple gets t = 0.656",
         "Of the step's 4096 positions 19 are padding",
-        "the 21 matrices of the blocks, AdamW the rest in two groups: 7 matrices with weight decay, as Muon's have, 18",
-        "5.31 M trunk, 1.57 M embedding and head, 0.99 M patch layers",
+        "the 21 matrices of the blocks, AdamW the rest in two groups: 12 kernels with weight decay, as Muon's have, 23",
+        "5.31 M trunk, 1.57 M embedding and head, 1.02 M patch layers",
     ):
         assert words in said, words
 

@@ -100,7 +100,7 @@ def slow_forward(engine, tokens, patches, t):
     place = torch.arange(L)[None, :, None].expand(1, L, 2)
     logits, predictions = engine.model(
         torch.tensor([tokens]), place, mask[None, None], patches, torch.full((1,), t),
-        torch.zeros(len(at), dtype=torch.long), torch.tensor(at, dtype=torch.long), torch.arange(L),
+        torch.zeros(len(at), dtype=torch.long), ((1, len(at)),), torch.tensor(at, dtype=torch.long), torch.arange(L),
     )  # fmt: skip
     return logits, predictions
 
@@ -249,7 +249,7 @@ def test_a_model_that_knows_each_image_by_its_caption_shows_it_as_a_gap():
     plain = np.broadcast_to(shades[:, None, None, None], (20, SIDE, SIDE, 3))
     corpus.captions["train"] = captioned([[letter] for letter in LETTERS[:20]], 0, plain)
 
-    def cheat(tokens, place, mask, z, t, patch_image, patch_at, text_at):
+    def cheat(tokens, place, mask, z, t, patch_image, grids, patch_at, text_at):
         letter = tokens[patch_at // tokens.shape[1], 1] - FIRST
         x = torch.from_numpy(shades)[letter.clamp(max=19)].float() / 127.5 - 1
         alpha, sigma = cosine(t[patch_image])
@@ -362,8 +362,8 @@ def test_captions_are_drawn_with_the_sampling_asked_for_and_from_seeds_of_their_
 
     config = EvalConfig(batch=4, seed=7, steps=3, guidance=1.5)
     dict(evaluate_drawing(SimpleNamespace(draw=draw, device="cpu"), corpus, config))
-    assert [call[:2] for call in calls] == [(7, 4), (11, 2), (7, 3), (7, 2)]
-    assert all(options == {"steps": 3, "guidance": 1.5} for *_, options in calls)
+    assert [call[:2] for call in calls] == [(7, 6), (7, 3), (7, 2)]
+    assert all(options == {"steps": 3, "guidance": 1.5, "batch": 4} for *_, options in calls)
 
 
 def test_sheets_of_the_drawings_are_saved_where_a_folder_is_given(tmp_path):
@@ -466,7 +466,7 @@ def test_the_table_shows_intervals_in_brackets_and_a_column_a_split():
 
 def test_the_config_is_read_from_overrides_and_refuses_what_makes_no_sense():
     config = load_config(EvalConfig, None, ["steps=5", "times=0.2,0.5", "guidance=none", "solver=heun"])
-    assert config.times == (0.2, 0.5) and config.sampling == {"steps": 5, "solver": "heun"}
+    assert config.times == (0.2, 0.5) and config.sampling == {"steps": 5, "solver": "heun", "batch": 32}
     for bad in (["batch=0"], ["times=2"], ["n_images=-1"]):
         with pytest.raises(ValueError, match=bad[0].split("=")[0]):
             load_config(EvalConfig, None, bad)

@@ -74,7 +74,7 @@ def whole(engine: Engine, document: list[Text | Image], z=None, t=None):
     t = torch.zeros(len(s.t_max)) if t is None else t
     inputs = (torch.from_numpy(s.tokens)[None], torch.from_numpy(s.place)[None])
     mask = dense_mask(torch.zeros_like(image), image)
-    return engine.model(*inputs, mask, z, t, image[0, at], at, torch.arange(len(s)))
+    return engine.model(*inputs, mask, z, t, image[0, at], s.grids, at, torch.arange(len(s)))
 
 
 def close(a, b):
@@ -102,9 +102,9 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
         for start, stop in zip([0, *cuts], [*cuts, len(s)]):
             chunk = engine.chunk([Span(branch, start, stop)], cache)
             patches = s.patches[(s.image[:start] >= 0).sum() : (s.image[:stop] >= 0).sum()]
-            z, owner = torch.from_numpy(patches), torch.zeros(len(patches), dtype=torch.int64)
+            z, t = torch.from_numpy(patches), torch.zeros(len(chunk.grids))
             with torch.no_grad():
-                got, _ = engine.forward(chunk, cache, z, torch.zeros(1), owner, torch.arange(stop - start))
+                got, _ = engine.forward(chunk, cache, z, t, torch.arange(stop - start))
             close(got, want[start:stop])
 
 
@@ -268,6 +268,18 @@ def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, op
     for prompt, seed, beside in zip(PROMPTS, seeds, together):
         alike(beside, engine.generate([prompt], seed=seed, **settings)[0])
     alike(together[3], engine.generate(PROMPTS[::-1], seed=seeds[::-1], **settings)[2])
+    for a, b in zip(together, engine.generate(PROMPTS, seed=seeds, batch=4, **settings)):
+        alike(a, b)
+
+
+def test_the_cache_holds_a_batch_of_prompts_with_a_second_lane_only_for_guidance():
+    engine, lanes = engine_of(), []
+    new_cache = engine.model.new_cache
+    engine.model.new_cache = lambda n, *rest: lanes.append(n) or new_cache(n, *rest)
+    engine.generate(["a"] * 5, mode="draw", batch=2, steps=1)
+    engine.generate(["a"] * 5, mode="draw", batch=8, steps=1, guidance=1.0)
+    engine.generate(["a"] * 5, mode="text", batch=3, max_tokens=2)
+    assert lanes == [4, 4, 2, 5, 3, 2]
 
 
 def test_requests_that_write_and_draw_at_different_times_do_not_disturb_each_other():

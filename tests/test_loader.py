@@ -65,7 +65,7 @@ def test_micro_batches_side_by_side_are_the_rows_of_the_whole_step(accumulate):
         for name in ("tokens", "document", "place", "target", "t_max"):
             assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
         assert torch.equal(torch.cat([p.patches for p in parts if p.n_images]), whole.patches)
-        for name in ("images_in_row", "patches_in_row"):
+        for name in ("images_in_row", "grids"):
             assert sum((getattr(p, name) for p in parts), ()) == getattr(whole, name)
         first = np.cumsum([0, *(p.n_images for p in parts)])
         image = torch.cat([torch.where(p.image == NONE, NONE, p.image + int(n)) for p, n in zip(parts, first)])

@@ -244,7 +244,7 @@ def test_the_text_loss_is_the_cross_entropy_of_the_targets_alone():
     every = torch.arange(6)
     none = torch.zeros(0, dtype=torch.long)
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
-    logits, _ = model(b.tokens, b.place, causal, torch.zeros(0, PATCH_DIM), torch.zeros(0), none, none, every)
+    logits, _ = model(b.tokens, b.place, causal, torch.zeros(0, PATCH_DIM), torch.zeros(0), none, (), none, every)
     torch.testing.assert_close(lm, F.cross_entropy(logits[:-1], b.tokens[0, 1:], reduction="sum"))
 
 

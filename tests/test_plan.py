@@ -38,11 +38,11 @@ def micro_batches(config: RunConfig):
     return Packer(corpus, fmt, 0, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate):
+@pytest.mark.parametrize("share, accumulate, refine_width", [(0.0, 1, 0), (0.5, 2, 0), (0.8, 1, 0), (0.8, 2, 32)])
+def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, refine_width):
     config = replace(CONFIG, data=replace(CONFIG.data, image_share=share))
     config = replace(config, train=replace(config.train, accumulate=accumulate))
+    config = replace(config, model=replace(config.model, refine_width=refine_width))
     model = build_model(config.model)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch counts no other of a CPU
         loop.gradients(model, micro_batches(config), config, 0)

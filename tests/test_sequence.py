@@ -9,7 +9,6 @@ from random_rows import FORMATS, PATCH_SIZE, SPECIAL, document, formats, grids, 
 
 from transfusion.sequence import (
     NONE,
-    Format,
     Image,
     Text,
     collate,
@@ -45,11 +44,6 @@ def test_patches_come_in_raster_order_with_the_channel_last():
 def test_an_image_that_does_not_divide_into_patches_is_refused():
     with pytest.raises(ValueError, match="5 x 4 latent cells does not divide into 2 x 2 patches: resize"):
         patchify(np.zeros((3, 5, 4)), 2)
-
-
-def test_unknown_image_positions_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="raster, axial"):
-        Format(SPECIAL, 2, "spiral")
 
 
 # -- lay_out against the recipe's words
@@ -103,7 +97,7 @@ def test_the_drawing_at_the_top_of_the_file_is_what_lay_out_does():
 
 def test_an_empty_document_has_no_positions():
     s = lay_out([], FORMATS["raster"])
-    assert len(s) == 0 and s.next_place() == 0 and s.place.shape == (0, 4)
+    assert len(s) == 0 and s.place.shape == (0, 4)
 
 
 # -- places
@@ -137,7 +131,6 @@ def test_axial_places_are_rows_and_columns_and_text_goes_on_behind_the_larger_si
             wanted += [(at, at)]  # <eoi>
             at += 1
     assert [tuple(p) for p in s.place[:, :2].tolist()] == wanted
-    assert s.next_place() == at
 
 
 @given(seeds, parts, formats)
@@ -147,13 +140,6 @@ def test_patches_know_their_row_and_column_and_text_has_none(seed, parts, fmt):
     wanted = [[row, column] for rows, columns in images for row in range(rows) for column in range(columns)]
     assert s.place[s.image != NONE][:, 2:].tolist() == wanted
     assert not s.place[s.image == NONE][:, 2:].any()
-
-
-@given(seeds, parts, formats)
-def test_next_place_is_where_the_next_token_of_text_stands(seed, parts, fmt):
-    doc = document(np.random.default_rng(seed), parts)
-    longer = lay_out([*doc, Text(np.array([SPECIAL.eos]))], fmt)
-    assert longer.place[-1].tolist() == [lay_out(doc, fmt).next_place()] * 2 + [0, 0]
 
 
 @given(seeds, parts, parts, formats)
@@ -232,7 +218,7 @@ def test_every_document_stands_whole_in_its_row(seed, rows, fmt, padding):
         rest = (r, slice(at, L))
         assert (b.document[rest] == NONE).all() and (b.image[rest] == NONE).all() and (target[rest] == NONE).all()
         assert (b.tokens[rest] == SPECIAL.pad).all()
-        assert b.images_in_row[r] == images and b.patches_in_row[r] == sum(len(s.patches) for s in row)
+        assert b.images_in_row[r] == images
     assert next(patches, None) is None
 
 
@@ -245,8 +231,8 @@ def test_flat_indices_name_the_patches_and_images_are_numbered_as_they_stand(see
     assert b.patch_image.tolist() == image[b.patch_at].tolist() == sorted(b.patch_image.tolist())
     grids = [part for row in rows for parts in row for part in parts if not isinstance(part, int)]
     assert b.patch_image.bincount(minlength=b.n_images).tolist() == [r * c for r, c in grids]
-    assert b.n_images == len(grids) == sum(b.images_in_row)
-    assert len(b.patches) == len(b.patch_at) == sum(b.patches_in_row)
+    assert b.n_images == len(grids) == sum(b.images_in_row) and b.grids == tuple(grids)
+    assert len(b.patches) == len(b.patch_at) == sum(r * c for r, c in b.grids)
     assert b.n_targets == len(b.text_at) == len(b.target)
 
 

@@ -29,7 +29,15 @@ OPTIONS = {
     "grouped heads": {"n_kv_heads": 2},
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
-    "all": {"n_kv_heads": 1, "qk_norm": True, "image_positions": "axial", "patch_positions": True, "time_scale": True},
+    "refine": {"refine_width": 4},
+    "all": {
+        "n_kv_heads": 1,
+        "qk_norm": True,
+        "image_positions": "axial",
+        "patch_positions": True,
+        "time_scale": True,
+        "refine_width": 4,
+    },
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -43,8 +51,8 @@ def random_model(device="cpu", **options):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            fan = p.shape[1] if p.ndim == 2 else 1
-            p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / fan**0.5 if p.ndim == 2 else 0.2))
+            scale = 1.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.2
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
             if p.ndim == 1:
                 p.add_(1)
     return model.to(device)
@@ -64,7 +72,7 @@ def outputs(model, b, z, t):
     """(logits [B * L, V], predictions [B * L, P]): an output at every position, zero where the model has none."""
     mask = dense_mask(b.document, b.image)
     every = torch.arange(b.tokens.numel())
-    logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.patch_at, every)
+    logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, every)
     return logits, torch.zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
 
 
@@ -234,7 +242,7 @@ def by_cache(model, cache, spans, z, t):
     tokens, place = torch.full(shape, SPECIAL.pad), torch.zeros(*shape, 4, dtype=torch.long)
     slots, index, image_q = torch.full(shape, cache.bin), torch.zeros(shape, dtype=torch.long), torch.full(shape, NONE)
     image_k = torch.full((len(spans), length), NONE)
-    levels, patches, patch_image = [], [], []
+    levels, patches, patch_image, grids = [], [], [], []
     for i, (lane, s, start, stop) in enumerate(spans):
         here, n = slice(start, stop), stop - start
         tokens[i, :n], place[i, :n] = torch.from_numpy(s.tokens[here]), torch.from_numpy(s.place[here])
@@ -242,15 +250,18 @@ def by_cache(model, cache, spans, z, t):
         slots[i, :n] = index[i, :n] = torch.arange(start, stop)
         before, inside = (s.image[:start] != NONE).sum(), (s.image[here] != NONE).sum()
         patches.append(z[lane][before : before + inside])
-        patch_image += [sum(map(len, levels)) + j for j in s.image[here] if j != NONE]
-        levels.append(t[lane])
+        inside = [j for j in s.image[here] if j != NONE]
+        images = sorted(set(inside))
+        patch_image += [len(grids) + images.index(j) for j in inside]
+        grids += [s.grids[j] for j in images]
+        levels.append(t[lane][images])
     mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], torch.arange(length))[:, None]
     patch_at = (image_q.flatten() != NONE).nonzero()[:, 0]
     layers = cache.at(torch.tensor([lane for lane, *_ in spans]), slots, length)
     with torch.no_grad():
         logits, p = model(
             *(tokens, place, mask, torch.cat(patches), torch.cat(levels), torch.tensor(patch_image, dtype=torch.long)),
-            *(patch_at, torch.arange(tokens.numel()), layers),
+            *(tuple(grids), patch_at, torch.arange(tokens.numel()), layers),
         )
     counts = [stop - start for _, _, start, stop in spans]
     return [row[:n] for row, n in zip(logits.unflatten(0, shape), counts)], list(p.split([len(x) for x in patches]))
@@ -314,7 +325,7 @@ def test_heads_compute_only_what_is_asked_for():
     logits, p = outputs(model, b, z, t)
     with torch.no_grad():
         asked, patches = model(
-            *(b.tokens, b.place, dense_mask(b.document, b.image), z, t, b.patch_image, b.patch_at, b.text_at)
+            *(b.tokens, b.place, dense_mask(b.document, b.image), z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
         )
     assert asked.shape == (b.n_targets, VOCAB) and patches.shape == z.shape
     torch.testing.assert_close(asked, logits[b.text_at], rtol=1e-6, atol=1e-6)
@@ -338,7 +349,7 @@ def test_compiled_blocks_on_a_gpu_give_the_loss_and_gradients_of_the_dense_mask(
             b, z, t = row(options, documents, padding=-length % 128)
             b, z, t = b.to("cuda"), z.cuda(), t.cuda()
             mask = (block_mask if road == "compiled" else dense_mask)(b.document, b.image)
-            logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.patch_at, b.text_at)
+            logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
             losses.append(torch.nn.functional.cross_entropy(logits, b.target) + (p - z).square().mean())
         sum(losses).backward()
         found.append([*(loss.detach() for loss in losses), *(p.grad.clone() for p in model.parameters())])
@@ -410,9 +421,10 @@ def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet():
         ({"dim": 30}, "dim = 30 must be n_heads = 4 heads"),
         ({"dim": 24}, "dim = 24 must be n_heads = 4 heads of a multiple of 4"),
         ({"n_kv_heads": 3}, "n_heads = 4 must be a multiple of n_kv_heads = 3"),
+        ({"image_positions": "spiral"}, "image_positions = 'spiral': choose one of raster, axial"),
     ],
 )
-def test_impossible_sizes_are_refused(wrong, message):
+def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**TINY, **wrong})
 

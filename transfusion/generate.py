@@ -11,7 +11,7 @@ tokens are drawn from its own seed, so it comes out the same alone or beside any
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ Answer = list[str | PIL.Image.Image]
 class Branch:
     """A sequence in a lane of the cache; its first `settled` positions have their final keys and values there."""
 
-    lane: int
+    lane: int = 0
     sequence: Sequence | None = None
     settled: int = 0
 
@@ -54,8 +54,8 @@ class Request:
     prompt: int  # segments of the document that are not ours
     mode: str
     random: torch.Generator
-    main: Branch
-    free: Branch  # the unconditional branch: only <bos> before the image
+    main: Branch = field(default_factory=Branch)
+    free: Branch = field(default_factory=Branch)  # the unconditional branch: only <bos> before the image
     z: Tensor | None = None  # [n, P] patches on the way from noise to image; None = it writes
     step: int = 0  # of the solver
     written: int = 0  # tokens
@@ -86,6 +86,8 @@ class Chunk:
     slots: Tensor  # [b, q]
     length: int
     patch_at: Tensor  # [N] flat positions of the patches
+    patch_image: Tensor  # [N] which of the chunk's images each belongs to
+    grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image
     last: Tensor  # [b] flat position of each span's last
 
 
@@ -158,19 +160,26 @@ class Engine:
         seeds = [seed + i for i in range(len(documents))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(documents):
             raise ValueError(f"{len(seeds)} seeds for {len(documents)} prompts: give one number, or one for each")
-        n, limit = len(documents), self.config.train.seq_len
-        requests = []
-        for i, (document, s) in enumerate(zip(documents, seeds)):
-            random = torch.Generator().manual_seed(s)
-            r = Request(list(document), len(document), mode, random, Branch(i), Branch(n + i))
+        limit, requests = self.config.train.seq_len, []
+        for document, s in zip(documents, seeds):
+            r = Request(list(document), len(document), mode, torch.Generator().manual_seed(s))
             self.begin_image(r) if mode == "draw" else self.lay_out(r)
             need = len(r.main.sequence) + (mode != "draw")
             if need > limit:
                 what = "the image to draw" if mode == "draw" else "one token more"
                 raise ValueError(f"prompt and {what} take {need} positions, the model has {limit}: shorten the prompt")
             requests.append(r)
-        cache = self.model.new_cache(2 * n, limit, self.dtype)
-        drawing: list[Request] = []
+        for start in range(0, len(requests), sampling.batch):
+            self.run(requests[start : start + sampling.batch], sampling)
+        return [r.document[r.prompt :] for r in requests]
+
+    def run(self, requests: Seq[Request], sampling: SampleConfig):
+        """Completes requests side by side."""
+        n, drawing = len(requests), []
+        for i, r in enumerate(requests):
+            r.main.lane, r.free.lane = i, n + i
+        guided = sampling.guidance != 1 and any(r.mode != "text" for r in requests)
+        cache = self.model.new_cache(2 * n if guided else n, self.config.train.seq_len, self.dtype)
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -182,7 +191,6 @@ class Engine:
                     drawing, chunk = group, self.patch_chunk(group, cache, sampling) if group else None
                 if group:
                     self.draw_step(group, chunk, cache, sampling)
-        return [r.document[r.prompt :] for r in requests]
 
     def lay_out(self, r: Request):
         r.main.sequence = lay_out(r.document, self.fmt)
@@ -212,8 +220,8 @@ class Engine:
             chunk = self.chunk([s for _, s in group], cache)
             z = np.concatenate([s.branch.sequence.patches[patches_of(s)] for _, s in group if patches_of(s)] or [[]])
             z = torch.from_numpy(z).to(self.device, torch.float32)
-            clean = torch.zeros(1, device=self.device)
-            logits, _ = self.forward(chunk, cache, z, clean, torch.zeros_like(chunk.patch_at), chunk.last)
+            clean = torch.zeros(len(chunk.grids), device=self.device)
+            logits, _ = self.forward(chunk, cache, z, clean, chunk.last)
             for (r, s), row in zip(group, logits.float().cpu()):
                 s.branch.settled = s.stop
                 if r.z is None:
@@ -250,7 +258,6 @@ class Engine:
         """One solver step for every request of the group."""
         sizes = [len(r.z) for r in group]
         copies = len(chunk.lanes) // len(group)  # 2 with guidance
-        owner = torch.repeat_interleave(torch.arange(len(chunk.lanes)), torch.tensor(sizes * copies)).to(self.device)
         first = torch.tensor([0, *sizes[:-1]], device=self.device).cumsum(0)  # each request's first patch
         c = self.config.diffusion
         schedule = SCHEDULES[c.schedule]
@@ -258,7 +265,7 @@ class Engine:
         def predict(z: Tensor, t: Tensor) -> Tensor:
             """[N, P] guided prediction at z [N, P] as the model reads it, t [N, 1]."""
             t = t[first, 0].repeat(copies)  # [I]
-            _, p = self.forward(chunk, cache, z.repeat(copies, 1), t, owner, chunk.last[:0])
+            _, p = self.forward(chunk, cache, z.repeat(copies, 1), t, chunk.last[:0])
             return p.float() if copies == 1 else guide(*p.float().chunk(2), sampling.guidance)
 
         times = timesteps(sampling.steps, sampling.t_shift)
@@ -296,22 +303,27 @@ class Engine:
         tokens, place = np.full((b, q), self.fmt.special.pad), np.zeros((b, q, 4), np.int64)
         slots, index = np.full((b, q), cache.bin), np.zeros((b, q), np.int64)
         image_q, image_k = np.full((b, q), NONE), np.full((b, length), NONE)
+        grids: list[tuple[int, int]] = []
         for i, (branch, start, stop) in enumerate(spans):
             s, n = branch.sequence, stop - start
             tokens[i, :n], place[i, :n], image_q[i, :n] = s.tokens[start:stop], s.place[start:stop], s.image[start:stop]
             slots[i, :n] = index[i, :n] = np.arange(start, stop)
             image_k[i, :stop] = s.image[:stop]
+            grids += [s.grids[j] for j in np.unique(image_q[i, :n]) if j != NONE]
         mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], np.arange(length))
         last = [i * q + s.stop - s.start - 1 for i, s in enumerate(spans)]
         arrays = (tokens, place, mask[:, None], np.array([s.branch.lane for s in spans]), slots)
         tokens, place, mask, lanes, slots = (torch.from_numpy(a).to(self.device) for a in arrays)
         patch_at = torch.from_numpy(np.flatnonzero(image_q != NONE)).to(self.device)
-        return Chunk(tokens, place, mask, lanes, slots, length, patch_at, torch.tensor(last, device=self.device))
+        patch_image = np.repeat(np.arange(len(grids)), [rows * columns for rows, columns in grids])
+        patch_image = torch.from_numpy(patch_image).to(self.device)
+        last = torch.tensor(last, device=self.device)
+        return Chunk(tokens, place, mask, lanes, slots, length, patch_at, patch_image, tuple(grids), last)
 
-    def forward(self, chunk: Chunk, cache: Cache, z: Tensor, t: Tensor, patch_image: Tensor, text_at: Tensor):
-        """(logits, predictions) of a chunk, whose keys and values go to the cache."""
-        layers = cache.at(chunk.lanes, chunk.slots, chunk.length)
-        return self.model(chunk.tokens, chunk.place, chunk.mask, z, t, patch_image, chunk.patch_at, text_at, layers)
+    def forward(self, chunk: Chunk, cache: Cache, z: Tensor, t: Tensor, text_at: Tensor):
+        """(logits, predictions) of a chunk, whose keys and values go to the cache; t [I]."""
+        c, layers = chunk, cache.at(chunk.lanes, chunk.slots, chunk.length)
+        return self.model(c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, layers)
 
 
 def patches_of(span: Span) -> slice | None:

@@ -7,6 +7,7 @@
 Both come back as sums with counts, so that micro-batches and ranks add up to the step's own mean.
 """
 
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +31,10 @@ def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, firs
     device = batch.patches.device
     generator = torch.Generator(device)
     u, eps = [torch.zeros(0, device=device)], [batch.patches.new_zeros(0, batch.patches.shape[1])]
-    for row, (images, patches) in enumerate(zip(batch.images_in_row, batch.patches_in_row), first_row):
+    grids = iter(batch.grids)
+    for row, images in enumerate(batch.images_in_row, first_row):
         if images:
+            patches = sum(rows * columns for rows, columns in islice(grids, images))
             generator.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1))
             u.append(torch.rand(images, generator=generator, device=device))
             eps.append(torch.randn(patches, batch.patches.shape[1], generator=generator, device=device))
@@ -69,7 +72,7 @@ def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConf
     z = noised(batch, noise, config)
     mask = row_mask(batch.document, batch.image, model.compiled)
     logits, prediction = model(
-        batch.tokens, batch.place, mask, z, noise.t, batch.patch_image, batch.patch_at, batch.text_at
+        batch.tokens, batch.place, mask, z, noise.t, batch.patch_image, batch.grids, batch.patch_at, batch.text_at
     )
     lm = F.cross_entropy(logits.float(), batch.target, reduction="sum")
     return Losses(lm, image_errors(prediction, batch, noise, config).sum())

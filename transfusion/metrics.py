@@ -212,7 +212,7 @@ def tensorboard(run: Run) -> Iterator[Write]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("the sink tensorboard needs it installed: pip install 'transfusion[tensorboard]'") from None
+        raise ValueError("the sink tensorboard needs it installed: pip install tensorboard") from None
     with SummaryWriter(str(Path(run.folder) / "tensorboard"), purge_step=run.done + 1) as writer:
 
         def write(step: int, record: dict[str, float]) -> None:
@@ -228,7 +228,7 @@ def wandb(run: Run) -> Iterator[Write]:
     try:
         import wandb as client
     except ImportError:
-        raise ValueError("the sink wandb needs it installed: pip install 'transfusion[wandb]'") from None
+        raise ValueError("the sink wandb needs it installed: pip install wandb") from None
     kept = Path(run.folder) / "wandb_id"
     if not (run.done and kept.exists()):
         kept.write_text(secrets.token_hex(4))
@@ -264,7 +264,7 @@ def loss_plot(metrics_path: str | Path, png_path: str | Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("a plot needs matplotlib: pip install 'transfusion[plot]'") from None
+        raise ValueError("a plot needs matplotlib: pip install matplotlib") from None
     records = read_records(metrics_path)
     names = {name for record in records for name in record}
     panels = [(name, label) for name, label in ((LM, "LM loss, nats a token"), (IMAGE, "image loss")) if name in names]

@@ -1,14 +1,15 @@
 """What a run will need, from its config alone: nothing is read but the config, nothing is run.
 
 FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
-                   6 * patch layers * patches          (forward 2, backward 4; keys seen by a position: at most L / 2
-                                                        for text, exactly known only once the rows are packed)
+                   6 * patch layers * patches  +  6 * convolutions * cells                    (forward 2, backward 4;
+                   keys seen by a position: at most L / 2 for text, exactly known only once the rows are packed)
 memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
 """
 
 import math
 
 from transfusion.codec import CODECS
+from transfusion.model.refine import CELL
 from transfusion.model.transformer import build_model, parameter_counts
 from transfusion.run import RunConfig
 
@@ -16,15 +17,16 @@ from transfusion.run import RunConfig
 def count_flops(config: RunConfig) -> dict[str, float]:
     """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
     m, c, share = config.model, config.train, config.data.image_share
-    parts = dict(parameter_counts(build_model(m, "meta")))
-    positions = c.rows * c.seq_len
+    model = build_model(m, "meta")
+    parts, positions = dict(parameter_counts(model)), c.rows * c.seq_len
     n = math.prod(CODECS[config.data.codec].grid(config.data.image_size, m.patch_size))  # patches of an image
     patches = positions * share * n / (n + 2)  # captions make it a little less
+    kernels = sum(p.numel() for p in model.refine.parameters() if p.ndim == 4) if model.refine is not None else 0
     return {
         "trunk": 6.0 * parts["trunk"] * positions,
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
         "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
-        "patch layers": 6.0 * 2 * m.dim * m.patch_dim * patches,
+        "patch layers": 6.0 * (2 * m.dim * m.patch_dim + kernels * (m.patch_size // CELL) ** 2) * patches,
     }
 
 

@@ -46,10 +46,6 @@ class Format:
     patch_size: int
     image_positions: str = "raster"
 
-    def __post_init__(self):
-        if self.image_positions not in IMAGE_POSITIONS:
-            raise ValueError(f"image_positions = {self.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
-
 
 @dataclass(frozen=True, eq=False)
 class Text:
@@ -75,14 +71,11 @@ class Sequence:
     place: np.ndarray  # [n, 4] int64: two rotary coordinates (equal for text), and row and column within the image
     target: np.ndarray  # [n] int64, the token to predict here, or NONE
     patches: np.ndarray  # [N, P] float32, clean, in raster order
+    grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image's patches
     t_max: np.ndarray  # [I] float32
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def next_place(self) -> int:
-        """The rotary coordinate of a text token that would follow."""
-        return int(self.place[:, :2].max()) + 1 if len(self) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +93,7 @@ class Batch:
     patches: Tensor  # [N, P] float32, clean
     t_max: Tensor  # [I] float32
     images_in_row: tuple[int, ...]  # [B], on the host
-    patches_in_row: tuple[int, ...]  # [B], on the host
+    grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image's patches, on the host
 
     @property
     def n_targets(self) -> int:
@@ -138,8 +131,8 @@ def unpatchify(patches: np.ndarray, k: int, h: int, w: int) -> np.ndarray:
 def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
     """The sequence of a document: text as it is, each image as `<boi> patches <eoi>`."""
     special = fmt.special
-    tokens, image, place, patches, t_max = [], [], [], [], []
-    at, n_images = 0, 0
+    tokens, image, place, patches, grids, t_max = [], [], [], [], [], []
+    at = 0
 
     def add_tokens(ids):
         nonlocal at
@@ -157,7 +150,7 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
         n = rows * columns
         patches.append(patchify(segment.latents, fmt.patch_size))
         tokens.append(np.full(n, special.patch))
-        image.append(np.full(n, n_images))
+        image.append(np.full(n, len(grids)))
         grid = np.indices((rows, columns)).reshape(2, -1).T  # [n, 2]
         if fmt.image_positions == "raster":
             rotary = np.arange(at, at + n)[:, None] * [1, 1]
@@ -166,8 +159,8 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
             rotary = at + grid
             at += max(rows, columns)
         place.append(np.concatenate([rotary, grid], 1))
+        grids.append((rows, columns))
         t_max.append(segment.t_max)
-        n_images += 1
         add_tokens([special.eoi])
 
     tokens, image = np.concatenate(tokens or [np.zeros(0, np.int64)]), np.concatenate(image or [np.zeros(0, np.int64)])
@@ -179,6 +172,7 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
         place=np.concatenate(place or [np.zeros((0, 4), np.int64)]),
         target=target,
         patches=np.concatenate(patches).astype(np.float32) if patches else np.zeros((0, 0), np.float32),
+        grids=tuple(grids),
         t_max=np.asarray(t_max, np.float32),
     )
 
@@ -208,22 +202,20 @@ def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
     tokens = np.full((B, L), fmt.special.pad, np.int64)
     document, image = np.full((B, L), NONE, np.int32), np.full((B, L), NONE, np.int32)
     place, target = np.zeros((B, L, 4), np.int32), np.full((B, L), NONE, np.int64)
-    patches, t_max, images_in_row, patches_in_row = [], [], [], []
-    n_images = 0
+    patches, t_max, images_in_row, grids = [], [], [], []
     for r, row in enumerate(rows):
         at = 0
         for d, s in enumerate(row):
             end = at + len(s)
             assert end <= L, f"row {r} holds {end} positions, more than seq_len = {L}"
             tokens[r, at:end], document[r, at:end], place[r, at:end], target[r, at:end] = s.tokens, d, s.place, s.target
-            image[r, at:end] = np.where(s.image == NONE, NONE, s.image + n_images)
-            n_images += len(s.t_max)
-            if len(s.t_max):
+            image[r, at:end] = np.where(s.image == NONE, NONE, s.image + len(grids))
+            grids += s.grids
+            if s.grids:
                 patches.append(s.patches)
                 t_max.append(s.t_max)
             at = end
-        images_in_row.append(sum(len(s.t_max) for s in row))
-        patches_in_row.append(sum(len(s.patches) for s in row))
+        images_in_row.append(sum(len(s.grids) for s in row))
     flat_image, flat_target = image.reshape(-1), target.reshape(-1)
     patch_at, text_at = np.flatnonzero(flat_image != NONE), np.flatnonzero(flat_target != NONE)
     tensor = torch.from_numpy
@@ -239,5 +231,5 @@ def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
         patches=tensor(np.concatenate(patches)) if patches else torch.zeros(0, 0),
         t_max=tensor(np.concatenate(t_max)) if t_max else torch.zeros(0),
         images_in_row=tuple(images_in_row),
-        patches_in_row=tuple(patches_in_row),
+        grids=tuple(grids),
     )

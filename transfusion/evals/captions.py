@@ -31,10 +31,8 @@ def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Ite
         nats, n_tokens = text_nats(engine, documents, config.batch)
         # a caption that goes on for twice the longest is wrong already
         enough = 2 * max(len(captions.ids[i][0]) for i in numbers) + 1
-        said: list[str] = []
-        for start in range(0, n, config.batch):
-            images = [PIL.Image.fromarray(captions.images[i]) for i in numbers[start : start + config.batch]]
-            said += engine.caption(images, max_tokens=enough)
+        images = [PIL.Image.fromarray(captions.images[i]) for i in numbers]
+        said = engine.caption(images, max_tokens=enough, batch=config.batch)
         hits = sum(s in names[captions.images[i].tobytes()] for s, i in zip(said, numbers))
         low, high = wilson(hits, n)
         yield f"captions/{split}/n", n

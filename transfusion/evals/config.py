@@ -38,7 +38,7 @@ class EvalConfig:
     @property
     def sampling(self) -> dict:
         """The fields of SampleConfig that are set here."""
-        given = {"steps": self.steps, "solver": self.solver, "guidance": self.guidance}
+        given = {"steps": self.steps, "solver": self.solver, "guidance": self.guidance, "batch": self.batch}
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -34,7 +34,7 @@ def denoising_errors(
     columns: list[np.ndarray] = []
     for batch in batches(engine, documents, config.batch):
         first = sum(c.shape[1] for c in columns)
-        shapes = [(n, batch.patches.shape[1]) for n in batch.patches_in_row]
+        shapes = [(rows * columns, batch.patches.shape[1]) for rows, columns in batch.grids]
         column = []
         for k, t in enumerate(config.times):
             eps = [fixed_noise(s, config.seed, i, k) for s, i in zip(shapes, numbers[first:])]

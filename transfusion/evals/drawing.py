@@ -28,12 +28,8 @@ CHUNK = 512  # real images at once, to bound the memory
 
 def draw(engine: Engine, texts: list[str], config: EvalConfig) -> np.ndarray:
     """[n, S, S, 3] uint8 drawings of the texts, the i-th from seed + i."""
-    drawn: list[np.ndarray] = []
-    for start in range(0, len(texts), config.batch):
-        part = texts[start : start + config.batch]
-        images = engine.draw(part, seed=config.seed + start, **config.sampling)
-        drawn += [np.asarray(image.convert("RGB")) for image in images]
-    return np.stack(drawn)
+    images = engine.draw(texts, seed=config.seed, **config.sampling)
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
 def pixels(images: np.ndarray) -> Tensor:

@@ -28,7 +28,7 @@ def forward(engine: Engine, batch: Batch, z: Tensor, t: Tensor) -> tuple[Tensor,
     mask = dense_mask(batch.document, batch.image)  # of any length, unlike the block mask of training
     with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
         logits, predictions = engine.model(
-            batch.tokens, batch.place, mask, z, t, batch.patch_image, batch.patch_at, batch.text_at
+            batch.tokens, batch.place, mask, z, t, batch.patch_image, batch.grids, batch.patch_at, batch.text_at
         )
     return logits.float(), predictions.float()
 

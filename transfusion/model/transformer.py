@@ -18,7 +18,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transfusion.model import mask as masks
 from transfusion.model.cache import Cache, LayerCache
 from transfusion.model.patches import LinearPatches
+from transfusion.model.refine import CELL, Refine
 from transfusion.model.rope import angles, rotate
+from transfusion.sequence import IMAGE_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ModelConfig:
     image_positions: str = "raster"  # rotary coordinates of patches; or "axial"
     patch_positions: bool = False  # add sinusoids of row and column to every patch
     time_scale: bool = False  # the noise level also scales every patch
+    refine_width: int = 0  # channels of the convolutions behind the linear read-out; 0 = none
 
     def __post_init__(self):
         if self.n_heads < 1 or self.n_layers < 1:
@@ -47,6 +50,10 @@ class ModelConfig:
             raise ValueError(f"dim = {self.dim} must be n_heads = {self.n_heads} heads of a multiple of 4")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
+        if self.refine_width and self.patch_size % CELL:
+            raise ValueError(f"refine_width = {self.refine_width} wants an even patch_size, not {self.patch_size}")
+        if self.image_positions not in IMAGE_POSITIONS:
+            raise ValueError(f"image_positions = {self.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
 
     @property
     def head_dim(self) -> int:
@@ -122,6 +129,7 @@ class Transfusion(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.patches = LinearPatches(config.dim, config.patch_dim, config.patch_positions, config.time_scale)
+        self.refine = Refine(config.patch_dim, config.patch_size, config.refine_width) if config.refine_width else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -135,6 +143,7 @@ class Transfusion(nn.Module):
         z: Tensor,  # [N, P] noisy patches
         t: Tensor,  # [I] noise level of each image
         patch_image: Tensor,  # [N] image of each patch
+        grids: tuple[tuple[int, int], ...],  # [I] rows and columns of each image's patches
         patch_at: Tensor,  # [N] flat position of each patch
         text_at: Tensor,  # [M] flat positions whose next token is asked for
         cache: list[LayerCache] | None = None,
@@ -150,7 +159,10 @@ class Transfusion(nn.Module):
             h = layer(h, cos, sin, mask, None if cache is None else cache[i])
         h = h.flatten(0, 1)
         # heads compute only where there is a target
-        return self.output(self.norm(h[text_at])), self.patches.decode(self.norm(h[patch_at]))
+        logits, p = self.output(self.norm(h[text_at])), self.patches.decode(self.norm(h[patch_at]))
+        if self.refine is not None and len(z):
+            p = p + self.refine(p, t, grids)
+        return logits, p
 
     def init_weights(self):
         """Normal(0, 0.02), the two layers that write to the residual stream scaled down by sqrt(2 n_layers) (GPT-2)."""
@@ -164,6 +176,8 @@ class Transfusion(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02)
         nn.init.ones_(self.norm.weight)
+        if self.refine is not None:
+            self.refine.init_weights()
 
     def new_cache(self, lanes: int, slots: int, dtype: torch.dtype) -> Cache:
         """An empty cache for `lanes` sequences of at most `slots` positions."""
@@ -192,7 +206,7 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
     parts = {
         "trunk": [model.layers, model.norm],
         "text embedding and head": [model.tok_embeddings, model.output],
-        "patches": [model.patches],
+        "patches": [model.patches] + [model.refine] * (model.refine is not None),
     }
     for name, modules in parts.items():
         yield name, sum(p.numel() for m in modules for p in m.parameters())
