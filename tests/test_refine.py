@@ -1,11 +1,11 @@
-"""The convolutional read-out: cells are where they should be, it crosses patches, not images; fresh, it is nothing."""
+"""The convolutional read-out: pixels stay in place, it crosses patches, not images; fresh, it is nothing."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from random_rows import CHANNELS
 
-from transfusion.model.refine import Refine, from_cells, to_cells
+from transfusion.model.refine import Refine, depth_to_space, space_to_depth
 from transfusion.sequence import patchify, unpatchify
 
 K = 4
@@ -26,17 +26,15 @@ def predictions(grids, seed=0):
     return torch.randn(n, CHANNELS * K**2, generator=generator), torch.rand(len(grids), generator=generator)
 
 
-def test_a_cell_holds_two_by_two_latents_where_they_are_in_the_image():
+def test_space_to_depth_puts_two_by_two_latents_where_they_are_in_the_image():
     image = torch.arange(CHANNELS * 8 * 12).reshape(CHANNELS, 8, 12)
-    cells = to_cells(torch.from_numpy(patchify(image.numpy(), K)), (2, 3), K)
-    assert cells.shape == (1, 4, 6, 4 * CHANNELS)
+    folded = space_to_depth(torch.from_numpy(patchify(image.numpy(), K)), (2, 3), K)
+    assert folded.shape == (1, 4 * CHANNELS, 4, 6)
     for y in range(4):
         for x in range(6):
-            assert (
-                cells[0, y, x].tolist()
-                == image[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].permute(1, 2, 0).flatten().tolist()
-            )
-    back = from_cells(cells, (2, 3), K)
+            here = image[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+            assert folded[0, :, y, x].tolist() == here.permute(1, 2, 0).flatten().tolist()
+    back = depth_to_space(folded, (2, 3), K)
     assert torch.equal(torch.from_numpy(unpatchify(back.numpy(), K, 8, 12)), image)
 
 
@@ -78,7 +76,7 @@ def test_a_patch_hears_of_its_neighbours_and_of_the_noise_level():
         before = refine(p, t, grids)
         p[5] += 1
         after = refine(p, t, grids)
-        assert (before != after).any(1).tolist() == [False] * 3 + [True] * 3  # 4 cells far, 2 a patch
+        assert (before != after).any(1).tolist() == [False] * 3 + [True] * 3  # 4 places far, 2 a patch
         assert (refine(p, t / 2, grids) != after).any()
 
 

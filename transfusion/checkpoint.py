@@ -93,13 +93,17 @@ def load_checkpoint(
     return state
 
 
-def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Copies a .safetensors file (a checkpoint's model or ema, or an exported one) into the model, all or nothing."""
+def load_weights(model: nn.Module, file: str | Path, partly: bool = False) -> list[str]:
+    """Copies a .safetensors file (a checkpoint's model or ema, or an exported one) into the model, all or nothing.
+
+    `partly` lets the file lack weights, which keep their values; returns their names.
+    """
     own = weights(model)
-    loaded = matching(own, Path(file))
+    loaded = matching(own, Path(file), partly)
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(loaded[name])
+        for name, tensor in loaded.items():
+            own[name].copy_(tensor)
+    return [name for name in own if name not in loaded]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -220,8 +224,9 @@ def save_weights(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
 
 
-def matching(own: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The file's tensors, on the CPU; ValueError names the first that is missing, left over, or of another shape."""
+def matching(own: dict[str, Tensor], file: Path, partly: bool = False) -> dict[str, Tensor]:
+    """The file's tensors, on the CPU; ValueError names the first that is left over, of another shape, or, unless the
+    file may fill the model partly, missing."""
     if not file.is_file():
         raise ValueError(f"there is no {file}")
     try:
@@ -229,9 +234,9 @@ def matching(own: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     for name, tensor in own.items():
-        if name not in loaded:
+        if name not in loaded and not partly:
             raise ValueError(f"{file} does not fit this model: it has no {name}")
-        if loaded[name].shape != tensor.shape:
+        if name in loaded and loaded[name].shape != tensor.shape:
             there, here = tuple(loaded[name].shape), tuple(tensor.shape)
             raise ValueError(f"{file} does not fit this model: {name} is {there} there and {here} here")
     for name in loaded:

@@ -34,6 +34,7 @@ SAMPLING = {
     "top_p": "pick tokens among the likeliest of this total probability",
     "top_k": "pick tokens among so many likeliest; 0 = all",
     "max_tokens": "of text, at most",
+    "batch": "prompts at once: fewer need less memory",
 }
 
 
@@ -81,12 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--mode", choices=("draw", "text", "auto"), default="draw", help="draw an image (default), write text, or both"
     )
-    with_sampling(p, "steps", "guidance", "solver", "temperature", "top_p", "top_k", "max_tokens")
+    with_sampling(p, "steps", "guidance", "solver", "temperature", "top_p", "top_k", "max_tokens", "batch")
 
     p = command("caption", run_caption, "Say what is on each image.")
     with_model(p)
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture file: PNG, JPEG, WebP, ...")
-    with_sampling(p, "temperature", "max_tokens")
+    with_sampling(p, "temperature", "max_tokens", "batch")
 
     p = command("eval", run_eval, "Measure a model on its data: text, captions, diffusion, drawings.")
     with_model(p)

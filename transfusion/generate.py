@@ -9,9 +9,8 @@ A request is a document that grows; what stands where in it is `lay_out`'s word 
 tokens are drawn from its own seed, so it comes out the same alone or beside any others.
 """
 
-import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +23,12 @@ from transfusion.data.documents import image_alone
 from transfusion.data.images import to_square
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
-from transfusion.diffusion.solver import SOLVERS, denoiser_from
+from transfusion.diffusion.solver import NOISY, SOLVERS, denoiser_from
 from transfusion.model.cache import Cache
 from transfusion.model.mask import allow
 from transfusion.model.transformer import Transfusion
-from transfusion.run import RunConfig, SampleConfig
-from transfusion.sequence import NONE, Format, Image, Sequence, Text, lay_out, unpatchify
+from transfusion.run import RunConfig, SampleConfig, uses_bf16
+from transfusion.sequence import NONE, Format, Image, Sequence, Text, lay_out, length, unpatchify
 from transfusion.tokenizer import Tokenizer
 
 MODES = ("auto", "draw", "text")  # as the model likes | one image now | text only
@@ -41,7 +40,7 @@ Answer = list[str | PIL.Image.Image]
 class Branch:
     """A sequence in a lane of the cache; its first `settled` positions have their final keys and values there."""
 
-    lane: int = 0
+    lane: int
     sequence: Sequence | None = None
     settled: int = 0
 
@@ -54,8 +53,8 @@ class Request:
     prompt: int  # segments of the document that are not ours
     mode: str
     random: torch.Generator
-    main: Branch = field(default_factory=Branch)
-    free: Branch = field(default_factory=Branch)  # the unconditional branch: only <bos> before the image
+    main: Branch
+    free: Branch  # the unconditional branch: only <bos> before the image
     z: Tensor | None = None  # [n, P] patches on the way from noise to image; None = it writes
     step: int = 0  # of the solver
     written: int = 0  # tokens
@@ -97,10 +96,12 @@ class Engine:
     def __init__(self, model: Transfusion, tokenizer: Tokenizer, config: RunConfig):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device = model.norm.weight.device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        bf16 = self.device.type == "cuda" and uses_bf16(config.train.precision, self.device)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.codec = CODECS[config.data.codec]
         self.fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
         self.grid = self.codec.grid(config.data.image_size, config.model.patch_size)  # patches of an image to draw
+        self.image_length = length(0, [self.grid])  # positions that it takes
 
     # ---- what users call ----
 
@@ -160,26 +161,33 @@ class Engine:
         seeds = [seed + i for i in range(len(documents))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(documents):
             raise ValueError(f"{len(seeds)} seeds for {len(documents)} prompts: give one number, or one for each")
-        limit, requests = self.config.train.seq_len, []
-        for document, s in zip(documents, seeds):
-            r = Request(list(document), len(document), mode, torch.Generator().manual_seed(s))
-            self.begin_image(r) if mode == "draw" else self.lay_out(r)
-            need = len(r.main.sequence) + (mode != "draw")
+        limit = self.config.train.seq_len
+        what, more = ("the image to draw", self.image_length) if mode == "draw" else ("one token more", 1)
+        for document in documents:
+            need = len(lay_out(document, self.fmt)) + more
             if need > limit:
-                what = "the image to draw" if mode == "draw" else "one token more"
                 raise ValueError(f"prompt and {what} take {need} positions, the model has {limit}: shorten the prompt")
-            requests.append(r)
-        for start in range(0, len(requests), sampling.batch):
-            self.run(requests[start : start + sampling.batch], sampling)
-        return [r.document[r.prompt :] for r in requests]
+        added: list[list[Text | Image]] = []
+        for start in range(0, len(documents), sampling.batch):
+            part = slice(start, start + sampling.batch)
+            added += self.side_by_side(documents[part], mode, seeds[part], sampling)
+        return added
 
-    def run(self, requests: Seq[Request], sampling: SampleConfig):
-        """Completes requests side by side."""
-        n, drawing = len(requests), []
-        for i, r in enumerate(requests):
-            r.main.lane, r.free.lane = i, n + i
-        guided = sampling.guidance != 1 and any(r.mode != "text" for r in requests)
-        cache = self.model.new_cache(2 * n if guided else n, self.config.train.seq_len, self.dtype)
+    def side_by_side(
+        self, documents: Seq[list[Text | Image]], mode: str, seeds: Seq[int], sampling: SampleConfig
+    ) -> list[list[Text | Image]]:
+        """`complete` for documents that fit into memory together."""
+        n, requests, drawing = len(documents), [], []
+        for i, (document, seed) in enumerate(zip(documents, seeds)):
+            random = torch.Generator().manual_seed(seed)
+            r = Request(list(document), len(document), mode, random, Branch(i), Branch(n + i))
+            self.begin_image(r) if mode == "draw" else self.lay_out(r)
+            requests.append(r)
+        lanes = n if mode == "text" or sampling.guidance == 1 else 2 * n
+        slots = max(len(r.main.sequence) for r in requests)
+        if mode != "draw":
+            slots += sampling.max_tokens + sampling.max_images * self.image_length
+        cache = self.model.new_cache(lanes, min(slots, self.config.train.seq_len), self.dtype)
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -191,6 +199,7 @@ class Engine:
                     drawing, chunk = group, self.patch_chunk(group, cache, sampling) if group else None
                 if group:
                     self.draw_step(group, chunk, cache, sampling)
+        return [r.document[r.prompt :] for r in requests]
 
     def lay_out(self, r: Request):
         r.main.sequence = lay_out(r.document, self.fmt)
@@ -214,12 +223,11 @@ class Engine:
                 if not r.done and branch.settled < r.final(branch):
                     spans.append((r, Span(branch, branch.settled, r.final(branch))))
         single = [(r, s) for r, s in spans if s.stop - s.start == 1]
-        for group in (single, [pair for pair in spans if pair not in single]):
-            if not group:
-                continue
+        longer = [(r, s) for r, s in spans if s.stop - s.start > 1]
+        for group in filter(None, (single, longer)):
             chunk = self.chunk([s for _, s in group], cache)
-            z = np.concatenate([s.branch.sequence.patches[patches_of(s)] for _, s in group if patches_of(s)] or [[]])
-            z = torch.from_numpy(z).to(self.device, torch.float32)
+            z = [patches_of(s) for _, s in group]
+            z = torch.from_numpy(np.concatenate([p for p in z if len(p)] or z[:1])).to(self.device)
             clean = torch.zeros(len(chunk.grids), device=self.device)
             logits, _ = self.forward(chunk, cache, z, clean, chunk.last)
             for (r, s), row in zip(group, logits.float().cpu()):
@@ -230,8 +238,8 @@ class Engine:
     def write(self, r: Request, logits: Tensor, sampling: SampleConfig):
         """Draws a request's next token from logits [V] and does what it says."""
         special, limit = self.fmt.special, self.config.train.seq_len
-        length = len(r.main.sequence)
-        room_to_draw = length + math.prod(self.grid) + 2 <= limit  # <boi>, the patches, <eoi>
+        n = len(r.main.sequence)
+        room_to_draw = n + self.image_length <= limit
         banned = [special.pad, special.bos, special.eoi, special.patch]
         if r.mode == "text" or r.drawn >= sampling.max_images or not room_to_draw:
             banned.append(special.boi)
@@ -247,7 +255,7 @@ class Engine:
             r.document.append(Text(ids))
             self.lay_out(r)
             r.written += 1
-            r.done = r.written >= sampling.max_tokens or length + 1 >= limit
+            r.done = r.written >= sampling.max_tokens or n + 1 >= limit
 
     def patch_chunk(self, group: Seq[Request], cache: Cache, sampling: SampleConfig) -> Chunk:
         """The patches being drawn: of all conditional branches, then of all unconditional ones where guidance asks."""
@@ -275,9 +283,7 @@ class Engine:
         )
         denoise = denoiser_from(predict, c.prediction, schedule, self.codec.limit, c.data_variance)
         noise = (
-            torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group])
-            if sampling.solver == "ddpm"
-            else None
+            torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group]) if sampling.solver in NOISY else None
         )
         z = torch.cat([r.z for r in group])
         z = SOLVERS[sampling.solver](z, t, t_next, denoise, schedule, None if noise is None else noise.to(self.device))
@@ -326,11 +332,11 @@ class Engine:
         return self.model(c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, layers)
 
 
-def patches_of(span: Span) -> slice | None:
-    """Which of the sequence's patches stand in a span, None if none does."""
-    is_patch = span.branch.sequence.image != NONE
-    start, stop = int(is_patch[: span.start].sum()), int(is_patch[: span.stop].sum())
-    return slice(start, stop) if stop > start else None
+def patches_of(span: Span) -> np.ndarray:
+    """[n, P] the clean patches that stand in a span."""
+    s = span.branch.sequence
+    start, stop = ((s.image[:i] != NONE).sum() for i in (span.start, span.stop))
+    return s.patches[start:stop]
 
 
 def pick(logits: Tensor, sampling: SampleConfig, random: torch.Generator) -> int:

@@ -1,7 +1,7 @@
 """What a run will need, from its config alone: nothing is read but the config, nothing is run.
 
 FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
-                   6 * patch layers * patches  +  6 * convolutions * cells                    (forward 2, backward 4;
+                   6 * patch layers * patches  +  6 * convolutions * places                   (forward 2, backward 4;
                    keys seen by a position: at most L / 2 for text, exactly known only once the rows are packed)
 memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
 """
@@ -9,7 +9,7 @@ memory             weights, gradients, two moments and the average at 4 bytes; a
 import math
 
 from transfusion.codec import CODECS
-from transfusion.model.refine import CELL
+from transfusion.model.refine import FACTOR
 from transfusion.model.transformer import build_model, parameter_counts
 from transfusion.run import RunConfig
 
@@ -26,7 +26,7 @@ def count_flops(config: RunConfig) -> dict[str, float]:
         "trunk": 6.0 * parts["trunk"] * positions,
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
         "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
-        "patch layers": 6.0 * (2 * m.dim * m.patch_dim + kernels * (m.patch_size // CELL) ** 2) * patches,
+        "patch layers": 6.0 * (2 * m.dim * m.patch_dim + kernels * (m.patch_size // FACTOR) ** 2) * patches,
     }
 
 

@@ -64,7 +64,7 @@ class SampleConfig:
     top_k: int = 0  # 0 = all
     max_tokens: int = 256
     max_images: int = 1
-    batch: int = 64  # prompts side by side, as memory allows; changes no result
+    batch: int = 64  # prompts side by side, as memory allows; changes results by rounding only
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -133,4 +133,4 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     if device.type == "cpu":
         has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -155,9 +155,11 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
         if fmt.image_positions == "raster":
             rotary = np.arange(at, at + n)[:, None] * [1, 1]
             at += n
-        else:
+        elif fmt.image_positions == "axial":
             rotary = at + grid
             at += max(rows, columns)
+        else:
+            raise ValueError(f"image_positions = {fmt.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
         place.append(np.concatenate([rotary, grid], 1))
         grids.append((rows, columns))
         t_max.append(segment.t_max)

@@ -70,14 +70,13 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
             print(f"config: {line}")
         first, skipped = state["step"], state["skipped"]
     else:
-        begin(model, config, tokenizer)
         if not config.train.steps:
             seconds = seconds_per_step(model, optimizers, packer, config)
             steps = max(1, int(60 * config.train.minutes / seconds))
             print(f"{seconds:.3f} s a step: {steps} steps in {config.train.minutes:g} minutes")
             config = replace(config, train=replace(config.train, steps=steps))
-            begin(model, config, tokenizer)
             optimizers = build_optimizers(model, config.optim)
+        begin(model, config, tokenizer)
         ema = init_ema(model) if config.optim.ema else None
     c = config.train
     run.mkdir(parents=True, exist_ok=True)
@@ -148,7 +147,7 @@ def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):
 
 
 def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
-    """Gives the model the weights of step 0: those of `init`, or fresh ones drawn from the seed."""
+    """Gives the model the weights of step 0: those of `init`; where it has none, fresh ones drawn from the seed."""
     torch.manual_seed(config.seed)
     model.init_weights()
     if config.init:
@@ -157,7 +156,8 @@ def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
         parts = [{k: configs.to_dict(c)[k] for k in ("model", "diffusion")} for c in (trained.config, config)]
         for line in checkpoint.differences(*parts):
             print(f"init: {line}")
-        checkpoint.load_weights(model, trained.weights)
+        for name in checkpoint.load_weights(model, trained.weights, partly=True):
+            print(f"init: {name} is not in {config.init}, it starts fresh")
 
 
 def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,6 +91,7 @@ def heun(z: Tensor, t: Tensor, t_next: Tensor, denoise: Denoiser, schedule: Sche
 
 
 SOLVERS: dict[str, Solver] = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+NOISY = {"ddpm"}  # those that want fresh noise at each step
 
 
 def sample(

@@ -34,7 +34,7 @@ def denoising_errors(
     columns: list[np.ndarray] = []
     for batch in batches(engine, documents, config.batch):
         first = sum(c.shape[1] for c in columns)
-        shapes = [(rows * columns, batch.patches.shape[1]) for rows, columns in batch.grids]
+        shapes = [(h * w, batch.patches.shape[1]) for h, w in batch.grids]
         column = []
         for k, t in enumerate(config.times):
             eps = [fixed_noise(s, config.seed, i, k) for s, i in zip(shapes, numbers[first:])]

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transfusion.model import mask as masks
 from transfusion.model.cache import Cache, LayerCache
 from transfusion.model.patches import LinearPatches
-from transfusion.model.refine import CELL, Refine
+from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import angles, rotate
 from transfusion.sequence import IMAGE_POSITIONS
 
@@ -50,8 +50,11 @@ class ModelConfig:
             raise ValueError(f"dim = {self.dim} must be n_heads = {self.n_heads} heads of a multiple of 4")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
-        if self.refine_width and self.patch_size % CELL:
-            raise ValueError(f"refine_width = {self.refine_width} wants an even patch_size, not {self.patch_size}")
+        if self.refine_width < 0 or (self.refine_width and self.patch_size % FACTOR):
+            raise ValueError(
+                f"refine_width = {self.refine_width}, patch_size = {self.patch_size}: set refine_width=0 for none; "
+                "above 0 it wants an even patch_size"
+            )
         if self.image_positions not in IMAGE_POSITIONS:
             raise ValueError(f"image_positions = {self.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
 
