@@ -70,7 +70,7 @@ def test_the_batch_that_the_architecture_page_follows_is_the_one_it_shows():
         "image 110 of the batch: patches 1760 ... 1775, at flat positions 2913 ... 2928",
         "the apple gets t = 0.656",
         "Of the step's 4096 positions 19 are padding",
-        "the 21 matrices of the blocks, AdamW the rest in two groups: 12 kernels with weight decay, as Muon's have, 23",
+        "the rest in two groups: 12 matrices and kernels with weight decay, as Muon's have, 23 norms",
         "5.31 M trunk, 1.57 M embedding and head, 1.02 M patch layers",
     ):
         assert words in said, words

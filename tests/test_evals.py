@@ -72,7 +72,7 @@ def make_corpus(train=6, held_out=3, combination=2, text=TEXTS):
 
 def make_engine(**diffusion):
     torch.set_num_threads(1)
-    sizes = ModelConfig(dim=16, n_layers=2, n_heads=2, ffn_dim=32, vocab_size=VOCAB, patch_size=PATCH)
+    sizes = ModelConfig(dim=16, n_layers=2, n_heads=2, ffn_dim=32, vocab_size=VOCAB, patch_size=PATCH, refine_width=4)
     config = RunConfig(
         model=sizes,
         data=DataConfig(image_size=SIDE),
@@ -100,7 +100,8 @@ def slow_forward(engine, tokens, patches, t):
     place = torch.arange(L)[None, :, None].expand(1, L, 2)
     logits, predictions = engine.model(
         torch.tensor([tokens]), place, mask[None, None], patches, torch.full((1,), t),
-        torch.zeros(len(at), dtype=torch.long), ((1, len(at)),), torch.tensor(at, dtype=torch.long), torch.arange(L),
+        torch.zeros(len(at), dtype=torch.long), ((2, 2),) if at else (), torch.tensor(at, dtype=torch.long),
+        torch.arange(L),
     )  # fmt: skip
     return logits, predictions
 

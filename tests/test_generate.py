@@ -272,14 +272,17 @@ def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, op
         alike(a, b)
 
 
-def test_the_cache_holds_a_batch_of_prompts_with_a_second_lane_only_for_guidance():
-    engine, lanes = engine_of(), []
-    new_cache = engine.model.new_cache
-    engine.model.new_cache = lambda n, *rest: lanes.append(n) or new_cache(n, *rest)
-    engine.generate(["a"] * 5, mode="draw", batch=2, steps=1)
+def test_the_cache_is_as_long_as_a_batch_needs_with_a_second_lane_only_for_guidance():
+    engine, sizes = engine_of(), []
+    new_cache, image = engine.model.new_cache, engine.image_length
+    engine.model.new_cache = lambda *size: sizes.append(size[:2]) or new_cache(*size)
+    engine.generate(["a"] * 4 + ["abc"], mode="draw", batch=2, steps=1)  # <bos> a [image]
+    assert sizes == [(4, 2 + image), (4, 2 + image), (2, 4 + image)]
+    sizes.clear()
     engine.generate(["a"] * 5, mode="draw", batch=8, steps=1, guidance=1.0)
-    engine.generate(["a"] * 5, mode="text", batch=3, max_tokens=2)
-    assert lanes == [4, 4, 2, 5, 3, 2]
+    engine.generate(["a"] * 5, mode="text", batch=3, max_tokens=2, max_images=0)
+    engine.generate(["a"], mode="auto", max_tokens=10**6)
+    assert sizes == [(5, 2 + image), (3, 4), (2, 4), (2, SEQ_LEN)]
 
 
 def test_requests_that_write_and_draw_at_different_times_do_not_disturb_each_other():

@@ -22,10 +22,11 @@ ROWS = [[[2, (2, 2), 2], [3]], [[(1, 3), 1]], [[9]], [[2, (3, 3), 1, (1, 1), 1]]
 
 def tiny_model(dim=16, n_heads=2):
     torch.manual_seed(0)
-    sizes = {"dim": dim, "n_layers": 1, "n_heads": n_heads, "ffn_dim": 32}
+    sizes = {"dim": dim, "n_layers": 1, "n_heads": n_heads, "ffn_dim": 32, "refine_width": 4}
     model = build_model(ModelConfig(**sizes, vocab_size=VOCAB, patch_size=PATCH_SIZE, channels=CHANNELS))
     with torch.no_grad():
-        model.patches.out.weight.normal_(std=0.1)  # fresh read-outs are zero and would hide the trunk's gradients
+        for out in (model.patches.out, model.refine.conv_out):
+            out.weight.normal_(std=0.1)  # fresh read-outs are zero and would hide the trunk's gradients
     return model
 
 

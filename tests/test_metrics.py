@@ -203,7 +203,7 @@ def test_failed_run_is_marked_as_failed_in_wandb(tmp_path, fake_wandb):
 
 
 @pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, name, module):
+def test_a_sink_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)  # import then fails
     with pytest.raises(ValueError, match=rf"pip install {name}$"):
         with open_metrics(MetricsConfig(sinks=(name,)), Run(tmp_path, 0, 9)):

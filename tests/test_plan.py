@@ -87,7 +87,8 @@ def kept_for_backward(config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"n_layers": 8}, {"dim": 128, "ffn_dim": 512}, {"qk_norm": True, "n_kv_heads": 2}]
+    "sizes",
+    [{}, {"n_layers": 8}, {"dim": 128, "ffn_dim": 512}, {"qk_norm": True, "n_kv_heads": 2}, {"refine_width": 128}],
 )
 def test_activations_are_about_what_autograd_keeps(sizes):
     model = replace(CONFIG.model, **{"n_layers": 6, **sizes}, vocab_size=256)

@@ -70,6 +70,15 @@ def test_images_of_any_sizes_go_through_together_as_alone_and_never_mix(changed)
             assert torch.equal(before, after) == (i != changed)
 
 
+def test_bf16_autocast_takes_images_of_any_sizes():
+    refine, (p, t) = refiner(), predictions(GRIDS)
+    wanted = refine(p, t, GRIDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = refine(p.bfloat16(), t, GRIDS)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.05 * wanted.abs().max().item())
+
+
 def test_a_patch_hears_of_its_neighbours_and_of_the_noise_level():
     refine, (p, t), grids = refiner(), predictions([(1, 6)]), ((1, 6),)
     with torch.no_grad():

@@ -367,6 +367,12 @@ def test_a_run_with_init_begins_with_the_averaged_weights_of_that_model(tiny, tm
     flow = replace(still, diffusion=DiffusionConfig(prediction="flow"))
     train(with_train(flow, steps=1), tmp_path / "flow")
     assert "init: diffusion.prediction was eps, now flow" in capsys.readouterr().out
+    refined = train(
+        with_train(replace(still, model=replace(tiny.model, refine_width=4)), steps=1), tmp_path / "refined"
+    )
+    assert "init: refine.conv_in.weight is not in" in capsys.readouterr().out
+    begun = load_file(refined / "model.safetensors")
+    assert all(torch.equal(begun[name], averaged[name]) for name in averaged) and begun["refine.conv_in.weight"].any()
     fresh = train(with_train(replace(still, init=""), steps=1), tmp_path / "fresh")
     assert not torch.equal(load_file(fresh / "model.safetensors")["output.weight"], averaged["output.weight"])
 

@@ -44,9 +44,15 @@ def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, firs
     return Noise(t * batch.t_max, torch.cat(eps))
 
 
+def levels(batch: Batch, noise: Noise, config: DiffusionConfig) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma), [N, 1] each, of every patch."""
+    alpha, sigma = SCHEDULES[config.schedule](noise.t)
+    return alpha[batch.patch_image, None], sigma[batch.patch_image, None]
+
+
 def noised(batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
     """[N, P] the batch's patches behind their noise, as the model reads them."""
-    alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))  # [N, 1]
+    alpha, sigma = levels(batch, noise, config)
     return network_input(add_noise(batch.patches, noise.eps, alpha, sigma), alpha, sigma, config.data_variance)
 
 
@@ -59,7 +65,7 @@ def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: Diffusi
     """[I] weighted mean squared error of each image."""
     if not batch.n_images:
         return prediction.float().sum(1)  # [0]: such a batch does not know P
-    alpha, sigma = (a[batch.patch_image, None] for a in SCHEDULES[config.schedule](noise.t))  # [N, 1]
+    alpha, sigma = levels(batch, noise, config)
     wanted = target(config.prediction, batch.patches, noise.eps, alpha, sigma)
     weight = loss_weight(config.prediction, config.loss_space, alpha, sigma, config.det_floor)
     error = (weight * (prediction.float() - wanted).square()).mean(1)  # [N]

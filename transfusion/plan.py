@@ -14,13 +14,17 @@ from transfusion.model.transformer import build_model, parameter_counts
 from transfusion.run import RunConfig
 
 
+def count_patches(config: RunConfig) -> float:
+    """Patches of a step whose rows are filled to their last position; captions make it a little less."""
+    n = math.prod(CODECS[config.data.codec].grid(config.data.image_size, config.model.patch_size))  # of an image
+    return config.train.rows * config.train.seq_len * config.data.image_share * n / (n + 2)
+
+
 def count_flops(config: RunConfig) -> dict[str, float]:
     """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
-    m, c, share = config.model, config.train, config.data.image_share
+    m, c, patches = config.model, config.train, count_patches(config)
     model = build_model(m, "meta")
     parts, positions = dict(parameter_counts(model)), c.rows * c.seq_len
-    n = math.prod(CODECS[config.data.codec].grid(config.data.image_size, m.patch_size))  # patches of an image
-    patches = positions * share * n / (n + 2)  # captions make it a little less
     kernels = sum(p.numel() for p in model.refine.parameters() if p.ndim == 4) if model.refine is not None else 0
     return {
         "trunk": 6.0 * parts["trunk"] * positions,
@@ -39,12 +43,15 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     # result, and w1 x, its silu, w3 x and their product.
     kv_dim = m.kv_heads * m.head_dim
     layer = 32 * m.dim + 4 * kv_dim + 8 * m.hidden_dim + (8 * (m.dim + kv_dim) if m.qk_norm else 0)
+    # Bytes a place of the convolutions, bf16: their inputs, and those of each silu.
+    refine = 8 * m.channels + 12 * m.refine_width if m.refine_width else 0
+    places = count_patches(config) / c.accumulate * (m.patch_size // FACTOR) ** 2
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
         "average": weights if config.optim.ema else 0.0,
-        "activations (about)": positions * m.n_layers * layer,
+        "activations (about)": positions * m.n_layers * layer + places * refine,
         "logits (at most)": positions * m.vocab_size * 10.0,
     }
 

@@ -161,7 +161,7 @@ class Transfusion(nn.Module):
         for i, layer in enumerate(self.layers):
             h = layer(h, cos, sin, mask, None if cache is None else cache[i])
         h = h.flatten(0, 1)
-        # heads compute only where there is a target
+        # heads compute only where something is asked for: text_at, and the patches
         logits, p = self.output(self.norm(h[text_at])), self.patches.decode(self.norm(h[patch_at]))
         if self.refine is not None and len(z):
             p = p + self.refine(p, t, grids)
