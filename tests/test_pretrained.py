@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_a_run_without_an_average_loads_as_its_weights(run, tmp_path):
 def test_an_exported_folder_in_full_precision_is_the_model_to_the_bit_and_draws_the_same(run, tmp_path):
     engine, exported = load(run, "cpu"), load(export(run, tmp_path / "deep" / "out", dtype="fp32"), "cpu")
     assert same(weights(engine), weights(exported))
-    assert engine.config == exported.config
+    assert exported.config == replace(engine.config, out="", init="", device="auto")
     assert engine.tokenizer.encode("any text") == exported.tokenizer.encode("any text")
     assert engine.draw(["picture"]) == exported.draw(["picture"])
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ A Transfusion model (Zhou et al. 2024, arXiv 2408.11039): it writes text and dra
 - training: {steps:,} steps of {positions:,} positions, seed {seed}
 
 ```
-transfusion generate {path} "a red heart"
+transfusion generate {name} "a red heart"
 ```
 
 ## Configuration
@@ -41,6 +42,7 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or name another folder")
     config, weights, tokenizer = find(name)
+    config = replace(config, out="", init="", device="auto")  # of this machine, and no business of who gets the model
     tensors = {key: value.to(DTYPES[dtype]) for key, value in load_file(weights).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
@@ -57,7 +59,6 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
             steps=read_state(weights.parent)["step"] if (weights.parent / STATE).is_file() else config.train.steps,
             positions=config.train.rows * config.train.seq_len,
             seed=config.seed,
-            path=out,
             toml=to_toml(config),
         )
         (folder / "README.md").write_text(card)
