@@ -499,3 +499,13 @@ def test_a_model_that_memorised_captions_goes_on_from_a_caption_to_its_image_by_
     together = memorised.generate(CAPTIONS, mode="auto")
     assert [kinds(answer) for answer in together] == ["i"] * 4  # <boi>, the image, <eoi>, then <eos>
     assert errors([a[0] for a in together], motifs()).argmin(1).tolist() == [0, 1, 2, 3]
+
+
+def test_a_bare_image_is_a_prompt_and_a_prompt_that_is_no_list_of_prompts_is_refused():
+    engine = tiny_engine()
+    bare, listed = (engine.generate([p], mode="text", max_tokens=4, seed=3) for p in (picture(1), [picture(1)]))
+    assert bare == listed == [[engine.caption([picture(1)], max_tokens=4, temperature=1.0, seed=3)[0]]]
+    for call in (engine.generate, engine.draw, engine.caption):
+        for prompts in ("a", picture(1)):
+            with pytest.raises(ValueError, match="give a list of prompts"):
+                call(prompts)

@@ -32,7 +32,7 @@ from transfusion.sequence import NONE, Format, Image, Sequence, Text, lay_out, l
 from transfusion.tokenizer import Tokenizer
 
 MODES = ("auto", "draw", "text")  # as the model likes | one image now | text only
-Prompt = str | Seq[str | PIL.Image.Image]
+Prompt = str | PIL.Image.Image | Seq[str | PIL.Image.Image]
 Answer = list[str | PIL.Image.Image]
 
 
@@ -108,12 +108,12 @@ class Engine:
     def generate(self, prompts: Seq[Prompt], *, mode="auto", seed: int | Seq[int] = 0, **options) -> list[Answer]:
         """What the model adds to each prompt: a list of str and PIL images.
 
-        A prompt is a text, or a list of texts and PIL images. `mode`: "auto" (the model decides when to draw), "draw"
+        A prompt is a text, a PIL image, or a list of both. `mode`: "auto" (the model decides when to draw), "draw"
         (one image, now), "text" (no image). `options` are fields of `SampleConfig`, in place of the run's own. Request
         i takes its randomness from `seed[i]`, or from seed + i where one number is given.
         """
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts is one str: give a list, [{prompts!r}]")
+        if isinstance(prompts, str | PIL.Image.Image):
+            raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
         answers = self.complete([self.open(p) for p in prompts], mode, seed, replace(self.config.sample, **options))
         return [self.read(segments) for segments in answers]
 
@@ -123,7 +123,7 @@ class Engine:
 
     def caption(self, images: Seq[PIL.Image.Image], *, temperature: float = 0.0, **options) -> list[str]:
         """A caption for each image, greedy unless a temperature is given."""
-        answers = self.generate([[image] for image in images], mode="text", temperature=temperature, **options)
+        answers = self.generate(images, mode="text", temperature=temperature, **options)
         return ["".join(answer) for answer in answers]
 
     # ---- prompts and answers ----
@@ -131,7 +131,7 @@ class Engine:
     def open(self, prompt: Prompt) -> list[Text | Image]:
         """The document that a prompt begins."""
         document: list[Text | Image] = [Text(np.array([self.fmt.special.bos]))]
-        for part in [prompt] if isinstance(prompt, str) else prompt:
+        for part in [prompt] if isinstance(prompt, str | PIL.Image.Image) else prompt:
             if isinstance(part, str):
                 document.append(Text(np.asarray(self.tokenizer.encode(part), np.int64)))
             elif isinstance(part, PIL.Image.Image):
