@@ -9,6 +9,7 @@ from random_rows import FORMATS, PATCH_SIZE, SPECIAL, document, formats, grids, 
 
 from transfusion.sequence import (
     NONE,
+    Format,
     Image,
     Text,
     collate,
@@ -44,6 +45,11 @@ def test_patches_come_in_raster_order_with_the_channel_last():
 def test_an_image_that_does_not_divide_into_patches_is_refused():
     with pytest.raises(ValueError, match="5 x 4 latent cells does not divide into 2 x 2 patches: resize"):
         patchify(np.zeros((3, 5, 4)), 2)
+
+
+def test_unknown_image_positions_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="raster, axial"):
+        Format(SPECIAL, 2, "spiral")
 
 
 # -- lay_out against the recipe's words

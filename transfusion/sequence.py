@@ -22,6 +22,11 @@ IMAGE_POSITIONS = ("raster", "axial")
 NONE = -1  # no image, no target, no document (padding)
 
 
+def check_image_positions(name: str):
+    if name not in IMAGE_POSITIONS:
+        raise ValueError(f"image_positions = {name!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
+
+
 @dataclass(frozen=True)
 class Special:
     """Token ids that are not text."""
@@ -45,6 +50,9 @@ class Format:
     special: Special
     patch_size: int
     image_positions: str = "raster"
+
+    def __post_init__(self):
+        check_image_positions(self.image_positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +163,9 @@ def lay_out(document: Iterable[Text | Image], fmt: Format) -> Sequence:
         if fmt.image_positions == "raster":
             rotary = np.arange(at, at + n)[:, None] * [1, 1]
             at += n
-        elif fmt.image_positions == "axial":
+        else:
             rotary = at + grid
             at += max(rows, columns)
-        else:
-            raise ValueError(f"image_positions = {fmt.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
         place.append(np.concatenate([rotary, grid], 1))
         grids.append((rows, columns))
         t_max.append(segment.t_max)

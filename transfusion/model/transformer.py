@@ -20,7 +20,7 @@ from transfusion.model.cache import Cache, LayerCache
 from transfusion.model.patches import LinearPatches
 from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import angles, rotate
-from transfusion.sequence import IMAGE_POSITIONS
+from transfusion.sequence import check_image_positions
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class ModelConfig:
                 f"refine_width = {self.refine_width}, patch_size = {self.patch_size}: set refine_width=0 for none; "
                 "above 0 it wants an even patch_size"
             )
-        if self.image_positions not in IMAGE_POSITIONS:
-            raise ValueError(f"image_positions = {self.image_positions!r}: choose one of {', '.join(IMAGE_POSITIONS)}")
+        check_image_positions(self.image_positions)
 
     @property
     def head_dim(self) -> int:
