@@ -14,6 +14,7 @@ from pathlib import Path
 import PIL.Image
 
 from transfusion import checkpoint, load
+from transfusion.codec.load import load_codec
 from transfusion.config import load_config
 from transfusion.data.documents import Corpus, build_corpus
 from transfusion.evals.run import EvalConfig, evaluate, table
@@ -40,7 +41,7 @@ def main(overrides: list[str]) -> None:
     with stage("2/4 evaluate"):
         engine = load(run, config.device)
         c = engine.config
-        corpus, _ = build_corpus(c.data, engine.tokenizer, c.model.patch_size, c.train.seq_len)
+        corpus, _ = build_corpus(c.data, engine.tokenizer, load_codec(c.data.codec), engine.fmt, c.train.seq_len)
         results = evaluate(engine, corpus, EvalConfig(**EVAL, sheets=str(run / "drawn")))
         (run / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
         (run / "eval.txt").write_text(table(results) + "\n")

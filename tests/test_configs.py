@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from transfusion.cli import main
+from transfusion.codec.load import load_codec
 from transfusion.config import load_config
 from transfusion.model.transformer import build_model, parameter_counts
-from transfusion.run import RunConfig
+from transfusion.run import RunConfig, format_of, resolved
 from transfusion.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -26,9 +27,9 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.ste
 
 def load(path: Path) -> RunConfig:
     """The config, its vocabulary filled in."""
-    config = load_config(RunConfig, path)
-    size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    return replace(config, model=replace(config.model, vocab_size=size))
+    config, tokenizer = load_config(RunConfig, path), load_tokenizer()
+    codec = load_codec(config.data.codec)
+    return resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
 
 
 def test_there_are_configs_to_test():

@@ -7,13 +7,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import Captions, Corpus, DataConfig, build_corpus
 from transfusion.data.report import Report
-from transfusion.sequence import Image, Special, Text
+from transfusion.sequence import Format, Image, Special, Text
 from transfusion.tokenizer import load_tokenizer
 
 SPECIAL = Special(pad=0, bos=1, eos=2, boi=3, eoi=4, patch=5)
 SIZE, PATCH = 8, 4  # 4 patches an image
+FMT = Format(SPECIAL, PATCH)
 DRAWS = 4000
 SPREAD = 4 * 0.5 / DRAWS**0.5  # four standard deviations of a share, at most
 
@@ -34,7 +36,7 @@ def corpus_of(captions: list[list[list[int]]], works: Sequence[list[int]] = (), 
     images = np.repeat(np.arange(n, dtype=np.uint8), SIZE * SIZE * 3).reshape(n, SIZE, SIZE, 3)
     train = Captions(images, [[""]] * n, [[np.array(c) for c in own] for own in captions], [str(i) for i in range(n)])
     config = DataConfig(images=("here",), text=("here",), image_size=SIZE, **config)
-    return Corpus(config, SPECIAL, (SIZE // PATCH, SIZE // PATCH), {"train": train}, [np.array(w) for w in works], [])
+    return Corpus(config, FMT, PIXELS, {"train": train}, [np.array(w) for w in works], [])
 
 
 def flat(document: list[Text | Image]) -> list:
@@ -169,7 +171,7 @@ def test_a_folder_of_the_user_is_data_by_one_line_of_config(tmp_path):
     (tmp_path / "words.txt").write_text("some words of mine. " * 200)
     config = DataConfig(images=(str(folder),), text=(str(tmp_path / "words.txt"),), image_size=SIZE)
     tokenizer = load_tokenizer()
-    corpus, reports = build_corpus(config, tokenizer, PATCH, 64)
+    corpus, reports = build_corpus(config, tokenizer, PIXELS, FMT, 64)
     train, held_out = corpus.captions["train"], corpus.captions["held_out_image"]
     assert len(train) + len(held_out) == 30 and len(held_out) >= 1
     assert not set(train.names) & set(held_out.names)
@@ -191,7 +193,7 @@ def test_what_does_not_fit_is_reported_by_name(tmp_path):
     PIL.Image.new("RGB", (SIZE, SIZE)).save(folder / "mute.png")
     (tmp_path / "words.jsonl").write_text('{"text": "one"}\n{"wrong": 1}\n{"text": "two"}\n')
     config = DataConfig(images=(str(folder),), text=(str(tmp_path / "words.jsonl"),), image_size=SIZE)
-    corpus, reports = build_corpus(config, load_tokenizer(), PATCH, 32)
+    corpus, reports = build_corpus(config, load_tokenizer(), PIXELS, FMT, 32)
     images, text = reports.values()
     assert sorted(names_of(images)) == ["002.png", "bad.png", "mute.png"]
     assert images.kept == len(corpus.captions["train"]) == 5
@@ -202,7 +204,7 @@ def test_one_folder_of_images_and_of_text_has_both_of_its_reports(tmp_path):
     folder = folder_of_images(tmp_path / "both", 3)
     PIL.Image.new("RGB", (SIZE, SIZE)).save(folder / "mute.png")
     config = DataConfig(images=(str(folder),), text=(str(folder),), image_size=SIZE)
-    _, reports = build_corpus(config, load_tokenizer(), PATCH, 64)
+    _, reports = build_corpus(config, load_tokenizer(), PIXELS, FMT, 64)
     assert sorted(report.kept for report in reports.values()) == [3, 3]
     assert ["mute.png"] in [names for report in reports.values() for names in report.skipped.values()]
 
@@ -210,7 +212,7 @@ def test_one_folder_of_images_and_of_text_has_both_of_its_reports(tmp_path):
 def test_a_caption_that_does_not_fit_is_reported_even_if_another_of_the_image_does(tmp_path):
     folder = folder_of_images(tmp_path / "mine", 3, lambda i: f"number {i}\n" + "very long words " * 50 * (i == 1))
     config = DataConfig(images=(str(folder),), text=(), image_size=SIZE, image_share=1.0)
-    corpus, reports = build_corpus(config, load_tokenizer(), PATCH, 32)
+    corpus, reports = build_corpus(config, load_tokenizer(), PIXELS, FMT, 32)
     report = next(iter(reports.values()))
     assert corpus.captions["train"].texts == [["number 0"], ["number 1"], ["number 2"]]
     assert report.kept == 3 and names_of(report) == ["001.png"]
@@ -218,19 +220,23 @@ def test_a_caption_that_does_not_fit_is_reported_even_if_another_of_the_image_do
 
 def test_shipped_data_comes_in_three_splits_that_share_no_image():
     config = DataConfig(image_size=16)
-    corpus, reports = build_corpus(config, load_tokenizer(), 8, 256)
+    corpus, reports = build_corpus(config, load_tokenizer(), PIXELS, Format(SPECIAL, 8), 256)
     names = {split: set(captions.names) for split, captions in corpus.captions.items()}
     assert set(names) == {"train", "held_out_image", "held_out_combination"} and all(names.values())
     assert sum(map(len, names.values())) == len(set.union(*names.values()))
     assert sum(map(len, names.values())) == next(iter(reports.values())).kept
-    assert corpus.grid == (2, 2) and len(corpus.works) == 40 and len(corpus.held_out_text) == 2
+    assert (
+        corpus.grid(corpus.captions["train"].images[0]) == (2, 2)
+        and len(corpus.works) == 40
+        and len(corpus.held_out_text) == 2
+    )
 
 
 @pytest.mark.parametrize(
     "wrong, remedy",
     [
         ({"image_share": 1.5}, "from 0 to 1"),
-        ({"codec": "jpeg"}, "choose one of pixels"),
+        ({"conditioning": "blurred"}, "choose one of noised, clean"),
         ({"images": ()}, "data.image_share=0"),
         ({"text": ()}, "data.image_share=1"),
     ],
@@ -243,7 +249,7 @@ def test_a_config_that_cannot_be_is_refused_with_its_remedy(wrong, remedy):
 def test_sizes_that_do_not_fit_are_refused_with_their_remedy(tmp_path):
     folder = folder_of_images(tmp_path / "mine", 2)
     config = DataConfig(images=(str(folder),), text=(), image_size=SIZE, image_share=1.0)
-    with pytest.raises(ValueError, match="multiple of 3"):
-        build_corpus(config, load_tokenizer(), 3, 64)
+    with pytest.raises(ValueError, match="multiples of 3"):
+        build_corpus(config, load_tokenizer(), PIXELS, Format(SPECIAL, 3), 64)
     with pytest.raises(ValueError, match="takes 8 positions"):
-        build_corpus(config, load_tokenizer(), PATCH, 7)
+        build_corpus(config, load_tokenizer(), PIXELS, FMT, 7)

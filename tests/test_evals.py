@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
+from transfusion.codec.codec import PIXELS
 from transfusion.config import load_config
 from transfusion.data.documents import Captions, Corpus, DataConfig, caption_then_image
 from transfusion.diffusion.objective import DiffusionConfig
@@ -25,7 +26,7 @@ from transfusion.evals.text import evaluate_text, windows
 from transfusion.generate import Engine
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
-from transfusion.sequence import Special, patchify
+from transfusion.sequence import Format, Special, patchify
 
 SPECIAL = Special(pad=0, bos=1, eos=2, boi=3, eoi=4, patch=5)
 LETTERS = "abcdefghijklmnopqrstuvwxyz .\u00e9"
@@ -67,12 +68,14 @@ def make_corpus(train=6, held_out=3, combination=2, text=TEXTS):
         "held_out_image": captioned(words(held_out, "the "), 1),
         "held_out_combination": captioned(words(combination, "no "), 2),
     }
-    return Corpus(DataConfig(image_size=SIDE), SPECIAL, (SIDE // PATCH, SIDE // PATCH), captions, [], list(text))
+    return Corpus(DataConfig(image_size=SIDE), Format(SPECIAL, PATCH), PIXELS, captions, [], list(text))
 
 
 def make_engine(**diffusion):
     torch.set_num_threads(1)
-    sizes = ModelConfig(dim=16, n_layers=2, n_heads=2, ffn_dim=32, vocab_size=VOCAB, patch_size=PATCH, refine_width=4)
+    sizes = ModelConfig(
+        dim=16, n_layers=2, n_heads=2, ffn_dim=32, vocab_size=VOCAB, patch_size=PATCH, channels=3, refine_width=4
+    )
     config = RunConfig(
         model=sizes,
         data=DataConfig(image_size=SIDE),
@@ -117,7 +120,7 @@ def slow_nats(engine, tokens, first, patches=None):
 
 
 def clean(corpus, split, i):
-    return torch.from_numpy(patchify(corpus.image(corpus.captions[split].images[i]).latents, PATCH))
+    return torch.from_numpy(patchify(corpus.image(corpus.captions[split], i).latents, PATCH))
 
 
 # ---- text
@@ -209,7 +212,7 @@ def test_the_diffusion_loss_is_that_of_each_image_alone_at_each_t(spaces):
                 wanted[k, i] = ((p - x) / sigma).square().mean().item()
             else:
                 wanted[k, i] = (p - eps).square().mean().item()
-    documents = [caption_then_image(SPECIAL, train.ids[i][0], corpus.image(train.images[i])) for i in range(6)]
+    documents = [caption_then_image(SPECIAL, train.ids[i][0], corpus.image(train, i)) for i in range(6)]
     np.testing.assert_allclose(denoising_errors(engine, documents, list(range(6)), config), wanted, rtol=2e-5)
     found = dict(evaluate_denoising(engine, corpus, config))
     assert found["denoising/train/loss"] == pytest.approx(wanted.mean(), rel=1e-5)
@@ -220,7 +223,7 @@ def test_the_diffusion_loss_is_that_of_each_image_alone_at_each_t(spaces):
 def test_the_noise_of_an_image_does_not_depend_on_which_others_are_looked_at():
     engine, corpus = make_engine(), make_corpus()
     train, config = corpus.captions["train"], EvalConfig(batch=2)
-    documents = [caption_then_image(SPECIAL, train.ids[i][0], corpus.image(train.images[i])) for i in range(5)]
+    documents = [caption_then_image(SPECIAL, train.ids[i][0], corpus.image(train, i)) for i in range(5)]
     together = denoising_errors(engine, documents, list(range(5)), config)
     alone = denoising_errors(engine, documents[3:4], [3], config)
     np.testing.assert_allclose(together[:, 3:4], alone, rtol=1e-5)

@@ -73,7 +73,7 @@ def whole(engine: Engine, document: list[Text | Image], z=None, t=None):
     z = torch.from_numpy(s.patches) if z is None else z
     t = torch.zeros(len(s.t_max)) if t is None else t
     inputs = (torch.from_numpy(s.tokens)[None], torch.from_numpy(s.place)[None])
-    mask = dense_mask(torch.zeros_like(image), image)
+    mask = dense_mask(torch.zeros_like(image), image, torch.from_numpy(s.hidden)[None])
     return engine.model(*inputs, mask, z, t, image[0, at], s.grids, at, torch.arange(len(s)))
 
 
@@ -443,7 +443,9 @@ def memorised() -> Engine:
     """A model that has learnt four captioned 16-pixel images by heart, by the training's own functions."""
     torch.manual_seed(0)
     images, tokenizer, steps = motifs(), Letters(), 450
-    sizes = ModelConfig(dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8, time_scale=True)
+    sizes = ModelConfig(
+        dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8, channels=3, time_scale=True
+    )
     model = build_model(sizes)
     data, train = DataConfig(image_size=16), TrainConfig(seq_len=32)
     diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow", data_variance=0.5)
@@ -455,7 +457,7 @@ def memorised() -> Engine:
     fmt, optimizers = Format(SPECIAL, 8), build_optimizers(model, optim)
     rows = []
     for caption, image in zip(CAPTIONS, images):
-        ids, latents = np.array(tokenizer.encode(caption)), engine.codec.encode(image)
+        ids, latents = np.array(tokenizer.encode(caption)), engine.codec.encode(image[None])[0]
         rows += [caption_then_image(SPECIAL, ids, Image(latents))] * 2
         rows += [caption_then_image(SPECIAL, ids[:0], Image(latents))]
         rows += [image_then_caption(SPECIAL, ids, Image(latents, 0.5))]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_documents import PATCH, SPECIAL, corpus_of
 
+from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import Corpus, DataConfig, build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.sequence import NONE, Batch, Format
@@ -34,8 +35,8 @@ def same(a: Batch, b: Batch) -> bool:
 def shipped() -> tuple[Corpus, Format]:
     """The shipped data in small pictures."""
     tokenizer = load_tokenizer()
-    corpus, _ = build_corpus(DataConfig(image_size=32), tokenizer, 8, 256)
-    return corpus, Format(tokenizer.special, 8)
+    fmt = Format(tokenizer.special, 8)
+    return build_corpus(DataConfig(image_size=32), tokenizer, PIXELS, fmt, 256)[0], fmt
 
 
 def image_share(batches: list[Batch]) -> float:

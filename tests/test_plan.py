@@ -18,8 +18,8 @@ from transfusion.run import RunConfig, TrainConfig
 from transfusion.sequence import Format
 
 CONFIG = RunConfig(
-    model=ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=176, vocab_size=512, patch_size=4),
-    data=DataConfig(image_size=16),
+    model=ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=176, vocab_size=512, patch_size=4, channels=3),
+    data=DataConfig(image_size=16, factor=1),
     train=TrainConfig(steps=1000, rows=8, seq_len=128, precision="fp32"),
 )
 
@@ -29,13 +29,10 @@ def micro_batches(config: RunConfig):
     g = torch.Generator().manual_seed(0)
     words = torch.randint(10, config.model.vocab_size, (6000,), generator=g).tolist()
     corpus = corpus_of([[words[i : i + 1]] for i in range(20)], [words], image_share=config.data.image_share)
-    corpus = replace(corpus, config=replace(corpus.config, image_size=config.data.image_size), grid=(4, 4))
-    train = corpus.captions["train"]
-    side = config.data.image_size
-    images = train.images.repeat(side // 8, 1).repeat(side // 8, 2)
-    corpus.captions["train"] = replace(train, images=images)
-    fmt = Format(corpus.special, config.model.patch_size)
-    return Packer(corpus, fmt, 0, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
+    corpus = replace(corpus, fmt=Format(corpus.special, config.model.patch_size))
+    train, twice = corpus.captions["train"], config.data.image_size // 8
+    corpus.captions["train"] = replace(train, images=[i.repeat(twice, 0).repeat(twice, 1) for i in train.images])
+    return Packer(corpus, corpus.fmt, 0, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
 
 
 @pytest.mark.parametrize("share, accumulate, refine_width", [(0.0, 1, 0), (0.5, 2, 0), (0.8, 1, 0), (0.8, 2, 32)])

@@ -1,11 +1,25 @@
 """The contract: patches and back, who is a target, who stands where, and rows that hold whole documents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from random_rows import FORMATS, PATCH_SIZE, SPECIAL, document, formats, grids, packed, parts, rows_of_parts, seeds
+from random_rows import (
+    FORMATS,
+    PATCH_SIZE,
+    SPECIAL,
+    VOCAB,
+    document,
+    formats,
+    grids,
+    packed,
+    parts,
+    rows_of_parts,
+    seeds,
+)
 
 from transfusion.sequence import (
     NONE,
@@ -14,8 +28,8 @@ from transfusion.sequence import (
     Text,
     collate,
     first_fit,
+    image_length,
     lay_out,
-    length,
     patchify,
     unpatchify,
 )
@@ -159,10 +173,11 @@ def test_what_comes_later_changes_nothing_before_it_but_the_last_target(seed, pa
     np.testing.assert_array_equal(long.patches[: len(short.patches)].reshape(-1), short.patches.reshape(-1))
 
 
-@given(st.integers(0, 50), st.lists(grids, max_size=4), formats)
-def test_length_is_the_length_that_lay_out_gives(n, grids, fmt):
-    doc = document(np.random.default_rng(0), grids)
-    assert length(n, grids) == len(lay_out([Text(np.full(n, 7)), *doc], fmt))
+@given(grids, formats, st.sampled_from([0, 3]), st.booleans())
+def test_image_length_is_the_length_that_lay_out_gives(grid, fmt, sides, copy):
+    fmt = replace(fmt, text_tokens=VOCAB, sides=sides)
+    image = document(np.random.default_rng(0), [(*grid, "copy") if copy else grid])
+    assert image_length(grid, fmt, copy) == len(lay_out(image, fmt))
 
 
 # -- packing
@@ -236,7 +251,7 @@ def test_flat_indices_name_the_patches_and_images_are_numbered_as_they_stand(see
     assert b.patch_at.tolist() == (b.tokens.flatten() == SPECIAL.patch).nonzero()[:, 0].tolist()
     assert b.patch_image.tolist() == image[b.patch_at].tolist() == sorted(b.patch_image.tolist())
     grids = [part for row in rows for parts in row for part in parts if not isinstance(part, int)]
-    assert b.patch_image.bincount(minlength=b.n_images).tolist() == [r * c for r, c in grids]
+    assert b.patch_image.bincount(minlength=len(grids)).tolist() == [r * c for r, c in grids]
     assert b.n_images == len(grids) == sum(b.images_in_row) and b.grids == tuple(grids)
     assert len(b.patches) == len(b.patch_at) == sum(r * c for r, c in b.grids)
     assert b.n_targets == len(b.text_at) == len(b.target)

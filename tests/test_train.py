@@ -345,7 +345,7 @@ def test_a_run_on_images_alone_trains(tiny, tmp_path):
 
 
 def test_a_model_with_too_few_tokens_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"model.vocab_size = 100, the tokenizer has 270"):
+    with pytest.raises(ValueError, match=r"model.vocab_size = 100, 270 tokens are needed"):
         train(replace(tiny, model=replace(tiny.model, vocab_size=100)), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

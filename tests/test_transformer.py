@@ -38,8 +38,9 @@ OPTIONS = {
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
-# two images of different sizes in one document, a second document with an image, a third of text, padding
-DOCUMENTS = [[2, (2, 2), 2, (1, 3), 1], [(2, 1), 2], [3]]
+# three images of different sizes in one document, one with a clean copy, a second document with one that is given, a
+# third of text, padding
+DOCUMENTS = [[2, (2, 2), 2, (1, 3, "copy"), 1, (2, 1)], [(2, 1, "given"), 2], [3]]
 
 
 def random_model(device="cpu", **options):
@@ -61,13 +62,13 @@ def row(options, documents=DOCUMENTS, padding=2):
     b = packed(0, [documents], fmt)
     b = packed(0, [documents], fmt, seq_len=b.tokens.shape[1] + padding)
     generator = torch.Generator().manual_seed(1)
-    return b, torch.randn(b.patches.shape, generator=generator), torch.rand(b.n_images, generator=generator)
+    return b, torch.randn(b.patches.shape, generator=generator), torch.rand(len(b.grids), generator=generator)
 
 
 @torch.no_grad()
 def outputs(model, b, z, t):
     """(logits [B * L, V], predictions [B * L, P]): an output at every position, zero where the model has none."""
-    mask = dense_mask(b.document, b.image)
+    mask = dense_mask(b.document, b.image, b.hidden)
     every = torch.arange(b.tokens.numel())
     logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, every)
     return logits, torch.zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
@@ -134,7 +135,7 @@ def test_the_trunk_is_llama(kv_heads):
 def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options):
     model = random_model(**options)
     b, z, t = row(options)
-    sees = dense_mask(b.document, b.image)[0, 0]
+    sees = dense_mask(b.document, b.image, b.hidden)[0, 0]
     before = outputs(model, b, z, t)
     patch_of = {at: n for n, at in enumerate(b.patch_at.tolist())}
     for i in range(b.tokens.shape[1]):
@@ -183,7 +184,7 @@ def test_the_first_image_of_a_document_never_sees_the_second_which_sees_the_firs
 def test_the_noise_level_of_an_image_reaches_its_own_patches():
     model = random_model()
     b, z, t = row({})
-    before, after = outputs(model, b, z, t), outputs(model, b, z, t + torch.tensor([0.2, 0, 0]))
+    before, after = outputs(model, b, z, t), outputs(model, b, z, t + torch.eye(len(t))[0] * 0.2)
     assert changed(before, after)[patches_of(b, 0)].all()
 
 
@@ -214,7 +215,7 @@ def test_a_packed_document_has_the_outputs_that_it_has_alone(options):
     rng = np.random.default_rng(0)
     sequences = [[lay_out(document(rng, parts), fmt) for parts in row] for row in rows]
     b = collate(sequences, 40, fmt)
-    z, t = torch.from_numpy(rng.standard_normal(b.patches.shape, np.float32)), torch.linspace(0.1, 1, b.n_images)
+    z, t = torch.from_numpy(rng.standard_normal(b.patches.shape, np.float32)), torch.linspace(0.1, 1, len(b.grids))
     logits, p = outputs(model, b, z, t)
     n_patches, n_images = 0, 0
     for r, row_of_sequences in enumerate(sequences):
@@ -252,7 +253,9 @@ def by_cache(model, cache, spans, z, t):
         patch_image += [len(grids) + images.index(j) for j in inside]
         grids += [s.grids[j] for j in images]
         levels.append(t[lane][images])
-    mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], torch.arange(length))[:, None]
+    hidden = torch.stack([torch.from_numpy(np.pad(s.hidden, (0, length))[:length]) for _, s, *_ in spans])
+    k = (0, image_k[:, None], torch.arange(length), hidden[:, None])
+    mask = allow(0, image_q[:, :, None], index[:, :, None], *k)[:, None]
     patch_at = (image_q.flatten() != NONE).nonzero()[:, 0]
     layers = cache.at(torch.tensor([lane for lane, *_ in spans]), slots, length)
     with torch.no_grad():
@@ -321,9 +324,8 @@ def test_heads_compute_only_what_is_asked_for():
     b, z, t = row({})
     logits, p = outputs(model, b, z, t)
     with torch.no_grad():
-        asked, patches = model(
-            *(b.tokens, b.place, dense_mask(b.document, b.image), z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
-        )
+        mask = dense_mask(b.document, b.image, b.hidden)
+        asked, patches = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
     assert asked.shape == (b.n_targets, VOCAB) and patches.shape == z.shape
     torch.testing.assert_close(asked, logits[b.text_at], rtol=1e-6, atol=1e-6)
     assert torch.equal(patches, p[b.patch_at])
@@ -346,7 +348,7 @@ def test_compiled_blocks_on_a_gpu_give_the_loss_and_gradients_of_the_dense_mask(
             length = row(options, documents, 0)[0].tokens.shape[1]
             b, z, t = row(options, documents, padding=-length % 128)
             b, z, t = b.to("cuda"), z.cuda(), t.cuda()
-            mask = (block_mask if road == "compiled" else dense_mask)(b.document, b.image)
+            mask = (block_mask if road == "compiled" else dense_mask)(b.document, b.image, b.hidden)
             logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
             losses.append(torch.nn.functional.cross_entropy(logits, b.target) + (p - z).square().mean())
         sum(losses).backward()
@@ -401,6 +403,6 @@ def test_impossible_settings_are_refused(wrong, message):
         ModelConfig(**{**TINY, **wrong})
 
 
-def test_a_model_without_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocab_size is 0"):
+def test_a_model_without_a_vocabulary_or_channels_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size = 0, model.channels = 0: set both"):
         build_model(ModelConfig(), "meta")

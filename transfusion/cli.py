@@ -11,6 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 
+from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
 from transfusion.data.documents import build_corpus
 from transfusion.data.text import load_text
@@ -19,7 +20,7 @@ from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.plan import plan
 from transfusion.pretrained import load
-from transfusion.run import RunConfig, SampleConfig, with_vocabulary
+from transfusion.run import RunConfig, SampleConfig, format_of, resolved
 from transfusion.tokenizer import load_tokenizer, train_tokenizer
 from transfusion.train import train
 
@@ -150,7 +151,9 @@ def run_eval(args):
     engine = load(args.model, args.device)
     of_data = [text for text in args.overrides if text.startswith("data.")]
     c = override(engine.config, of_data)
-    corpus, _ = build_corpus(c.data, engine.tokenizer, c.model.patch_size, c.train.seq_len)
+    corpus, _ = build_corpus(
+        c.data, engine.tokenizer, load_codec(c.data.codec, engine.device), engine.fmt, c.train.seq_len
+    )
     results = evaluate(engine, corpus, load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]))
     print(table(results))
     if args.json:
@@ -160,7 +163,8 @@ def run_eval(args):
 
 def run_plan(args):
     config = load_config(RunConfig, args.config, args.overrides)
-    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec)
+    config = resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
     print(to_toml(config) + "\n" + plan(config))
 
 

@@ -18,7 +18,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from transfusion.codec import CODECS
+from transfusion.codec.codec import Codec
 from transfusion.data.documents import image_alone
 from transfusion.data.images import to_square
 from transfusion.diffusion.guidance import guide
@@ -27,8 +27,8 @@ from transfusion.diffusion.solver import NOISY, SOLVERS, denoiser_from
 from transfusion.model.cache import Cache
 from transfusion.model.mask import allow
 from transfusion.model.transformer import Transfusion
-from transfusion.run import RunConfig, SampleConfig, uses_bf16
-from transfusion.sequence import NONE, Format, Image, Sequence, Text, lay_out, length, unpatchify
+from transfusion.run import RunConfig, SampleConfig, codec_of, format_of, uses_bf16
+from transfusion.sequence import NONE, Image, Sequence, Text, image_length, lay_out, unpatchify
 from transfusion.tokenizer import Tokenizer
 
 MODES = ("auto", "draw", "text")  # as the model likes | one image now | text only
@@ -93,15 +93,16 @@ class Chunk:
 class Engine:
     """Text and images from a trained model, on the model's device. Made by `transfusion.load`."""
 
-    def __init__(self, model: Transfusion, tokenizer: Tokenizer, config: RunConfig):
+    def __init__(self, model: Transfusion, tokenizer: Tokenizer, config: RunConfig, codec: Codec | None = None):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device = model.norm.weight.device
         bf16 = self.device.type == "cuda" and uses_bf16(config.train.precision, self.device)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.codec = CODECS[config.data.codec]
-        self.fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
-        self.grid = self.codec.grid(config.data.image_size, config.model.patch_size)  # patches of an image to draw
-        self.image_length = length(0, [self.grid])  # positions that it takes
+        self.codec = codec or codec_of(config, self.device)
+        self.fmt = format_of(config, tokenizer.special, tokenizer.vocab_size, self.codec)
+        side = config.data.image_size
+        self.grid = self.codec.grid((side, side), config.model.patch_size)  # patches of an image to draw
+        self.image_length = image_length(self.grid, self.fmt)  # positions that it takes
 
     # ---- what users call ----
 
@@ -135,7 +136,7 @@ class Engine:
             if isinstance(part, str):
                 document.append(Text(np.asarray(self.tokenizer.encode(part), np.int64)))
             elif isinstance(part, PIL.Image.Image):
-                document.append(Image(self.codec.encode(to_square(part, self.config.data.image_size))))
+                document.append(Image(self.codec.encode(to_square(part, self.config.data.image_size)[None])[0]))
             else:
                 raise ValueError(f"a prompt is made of str and PIL images, not {type(part).__name__}")
         return document
@@ -145,7 +146,7 @@ class Engine:
         return [
             self.tokenizer.decode(s.ids.tolist())
             if isinstance(s, Text)
-            else PIL.Image.fromarray(self.codec.decode(s.latents))
+            else PIL.Image.fromarray(self.codec.decode(s.latents[None])[0])
             for s in segments
         ]
 
@@ -316,7 +317,8 @@ class Engine:
             slots[i, :n] = index[i, :n] = np.arange(start, stop)
             image_k[i, :stop] = s.image[:stop]
             grids += [s.grids[j] for j in np.unique(image_q[i, :n]) if j != NONE]
-        mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], np.arange(length))
+        full = not self.config.model.causal_images
+        mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], np.arange(length), np.False_, full)
         last = [i * q + s.stop - s.start - 1 for i, s in enumerate(spans)]
         arrays = (tokens, place, mask[:, None], np.array([s.branch.lane for s in spans]), slots)
         tokens, place, mask, lanes, slots = (torch.from_numpy(a).to(self.device) for a in arrays)

@@ -2,7 +2,7 @@
 
     L = L_LM + lambda * L_diffusion                                              (Zhou et al. 2024, equation 4)
     L_LM         mean of the cross-entropy over all text targets of the step
-    L_diffusion  mean over the numbers of an image, then over all images of the step
+    L_diffusion  mean over the numbers of an image, then over all images of the step that are not given (t_max = 0)
 
 Both come back as sums with counts, so that micro-batches and ranks add up to the step's own mean.
 """
@@ -62,23 +62,30 @@ class Losses(NamedTuple):
 
 
 def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
-    """[I] weighted mean squared error of each image."""
-    if not batch.n_images:
+    """[I] weighted mean squared error of each image, 0 of a given one."""
+    if not len(batch.grids):
         return prediction.float().sum(1)  # [0]: such a batch does not know P
     alpha, sigma = levels(batch, noise, config)
     wanted = target(config.prediction, batch.patches, noise.eps, alpha, sigma)
     weight = loss_weight(config.prediction, config.loss_space, alpha, sigma, config.det_floor)
     error = (weight * (prediction.float() - wanted).square()).mean(1)  # [N]
     n = torch.zeros_like(noise.t).index_add(0, batch.patch_image, torch.ones_like(error))  # patches of each image
-    return torch.zeros_like(noise.t).index_add(0, batch.patch_image, error) / n
+    return torch.zeros_like(noise.t).index_add(0, batch.patch_image, error) / n * (batch.t_max > 0)
 
 
 def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig) -> Losses:
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
     z = noised(batch, noise, config)
-    mask = row_mask(batch.document, batch.image, model.compiled)
     logits, prediction = model(
-        batch.tokens, batch.place, mask, z, noise.t, batch.patch_image, batch.grids, batch.patch_at, batch.text_at
+        batch.tokens,
+        batch.place,
+        row_mask(batch, model),
+        z,
+        noise.t,
+        batch.patch_image,
+        batch.grids,
+        batch.patch_at,
+        batch.text_at,
     )
     lm = F.cross_entropy(logits.float(), batch.target, reduction="sum")
     return Losses(lm, image_errors(prediction, batch, noise, config).sum())

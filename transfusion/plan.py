@@ -8,7 +8,7 @@ memory             weights, gradients, two moments and the average at 4 bytes; a
 
 import math
 
-from transfusion.codec import CODECS
+from transfusion.codec.codec import patch_grid
 from transfusion.model.refine import FACTOR
 from transfusion.model.transformer import build_model, parameter_counts
 from transfusion.run import RunConfig
@@ -16,7 +16,8 @@ from transfusion.run import RunConfig
 
 def count_patches(config: RunConfig) -> float:
     """Patches of a step whose rows are filled to their last position; captions make it a little less."""
-    n = math.prod(CODECS[config.data.codec].grid(config.data.image_size, config.model.patch_size))  # of an image
+    side = config.data.image_size
+    n = math.prod(patch_grid((side, side), config.data.factor, config.model.patch_size))  # of an image
     return config.train.rows * config.train.seq_len * config.data.image_share * n / (n + 2)
 
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from transfusion.codec import CODECS
+from transfusion.codec.codec import Codec
+from transfusion.codec.load import load_codec
 from transfusion.data.documents import DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.metrics import MetricsConfig
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
+from transfusion.sequence import Format, Special
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -93,22 +95,34 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
-    def __post_init__(self):
-        codec, model = CODECS[self.data.codec], self.model
-        if model.channels != codec.channels:
-            raise ValueError(
-                f"model.channels = {model.channels}, the codec {codec.name} has {codec.channels}: set those"
-            )
+
+def format_of(config: RunConfig, special: Special, text_tokens: int, codec: Codec) -> Format:
+    """How the run's sequences are written."""
+    m = config.model
+    return Format(special, m.patch_size, m.image_positions, text_tokens, m.sides)
 
 
-def with_vocabulary(config: RunConfig, tokens: int) -> RunConfig:
-    """The config with a vocabulary of `tokens` where it names none; ValueError if it names a smaller one."""
-    if config.model.vocab_size and config.model.vocab_size < tokens:
+def codec_of(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
+    """The codec of a run that has begun: its latents are standardised as in training."""
+    return load_codec(config.data.codec, device).standardised(config.data.latent_mean, config.data.latent_std)
+
+
+def resolved(config: RunConfig, fmt: Format, codec: Codec) -> RunConfig:
+    """The config with what follows from tokenizer and codec filled in; ValueError where it names something else."""
+    model, data = config.model, config.data
+    if model.vocab_size and model.vocab_size < fmt.vocab_size:
         raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size}, the tokenizer has {tokens} tokens: leave it out, or name "
-            "a smaller data.tokenizer"
+            f"model.vocab_size = {model.vocab_size}, {fmt.vocab_size} tokens are needed: {fmt.text_tokens} of the "
+            f"tokenizer, {fmt.sides} of sides, {fmt.codes} of codes; leave it out, or name a smaller data.tokenizer"
         )
-    return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or tokens))
+    for name, has, wants in (
+        ("model.channels", model.channels, codec.channels),
+        ("data.factor", data.factor, codec.factor),
+    ):
+        if has not in (0, wants):
+            raise ValueError(f"{name} = {has}, the codec {codec.name} has {wants}: leave it out, or name another codec")
+    model = replace(model, vocab_size=model.vocab_size or fmt.vocab_size, channels=codec.channels)
+    return replace(config, model=model, data=replace(data, factor=codec.factor))
 
 
 def pick_device(name: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transfusion import checkpoint
 from transfusion import config as configs
+from transfusion.codec.load import load_codec
 from transfusion.data.documents import build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.generate import Engine
@@ -26,8 +27,8 @@ from transfusion.metrics import Run, open_metrics
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, pick_device, uses_bf16, with_vocabulary
-from transfusion.sequence import Batch, Format
+from transfusion.run import RunConfig, format_of, pick_device, resolved, uses_bf16
+from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
 from transfusion.tokenizer import Tokenizer, load_tokenizer
 
@@ -41,11 +42,12 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     found = checkpoint.latest_checkpoint(checkpoints)
     if found and not resume:
         raise ValueError(f"{run} holds a run already: go on with it by --resume, or give another folder by out=FOLDER")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, tokenizer.vocab_size)
     device = torch.device(pick_device(config.device))
-    fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
-    corpus, reports = build_corpus(config.data, tokenizer, config.model.patch_size, config.train.seq_len)
+    tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec, device)
+    fmt = format_of(config, tokenizer.special, tokenizer.vocab_size, codec)
+    config = with_statistics(resolved(config, fmt, codec), found)
+    corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
+    config = replace(config, data=corpus.config)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
     held_out = sum(len(c) for c in corpus.captions.values()) - len(corpus.captions["train"])
@@ -190,6 +192,17 @@ def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, confi
     return median(seconds[2:])  # the first ones compile
 
 
+def with_statistics(config: RunConfig, found: Path | None) -> RunConfig:
+    """The config with the latents' statistics of the weights that the run goes on from, if it does and names none."""
+    if config.data.latent_mean or not (found or config.init):
+        return config
+    began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]) if found else find(config.init).config
+    if began.data.codec != config.data.codec:
+        return config
+    data = replace(config.data, latent_mean=began.data.latent_mean, latent_std=began.data.latent_std)
+    return replace(config, data=data)
+
+
 def match_steps(config: RunConfig, state: dict) -> RunConfig:
     """The config of a resumed run whose number of steps was found by measuring when it began."""
     began = state["config"]["train"]
@@ -207,7 +220,7 @@ def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path:
         return  # a run on text alone has nothing to draw
     chosen = range(0, len(captions), max(1, len(captions) // SAMPLED))[:SAMPLED]
     texts = [captions.texts[i][0] for i in chosen]
-    drawn = Engine(model, tokenizer, config).draw(texts)
+    drawn = Engine(model, tokenizer, config, corpus.codec).draw(texts)
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([(t, [d, captions.images[i]]) for t, d, i in zip(texts, drawn, chosen)]).save(path)
 

@@ -7,19 +7,26 @@
 
 Shares of Zhou et al. 2024, section 4.1; caption dropout is ours (the paper is silent). An image without its caption is
 not closed by <eos>: what follows an image at the beginning of a document is its caption, and <eos> would deny that.
+Where conditioning is "clean", the image before a caption is noised as any other, and a clean copy of it is what the
+caption sees.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from transfusion.codec import CODECS, Codec
+from transfusion.codec.codec import Codec
+from transfusion.data import latents as latent_cache
 from transfusion.data.images import ImageSet, load_images
 from transfusion.data.report import Report
 from transfusion.data.text import TextSet, load_text
-from transfusion.sequence import Image, Special, Text, length
+from transfusion.sequence import Codes, Format, Image, Segment, Special, Text, image_length
 from transfusion.tokenizer import Tokenizer
+
+CONDITIONING = ("noised", "clean")
 
 
 @dataclass(frozen=True)
@@ -29,37 +36,42 @@ class DataConfig:
     images: tuple[str, ...] = ("emoji",)
     text: tuple[str, ...] = ("shakespeare",)
     tokenizer: str = ""  # path of a tokenizer.json; "" = the shipped one
-    codec: str = "pixels"
+    codec: str = "pixels"  # or a trained one, as `transfusion train-codec` leaves it
+    factor: int = 0  # pixels a latent cell; 0 = the codec's
+    latent_mean: tuple[float, ...] = ()  # of each channel; () = measured over the training images when a run begins
+    latent_std: tuple[float, ...] = ()
+    latent_cache: str = ""  # folder; "" = ~/.cache/transfusion/latents
     image_size: int = 64
     image_share: float = 0.5  # of all positions: 0.5 is the paper's 1:1
     caption_first: float = 0.8
     caption_dropout: float = 0.1
     other_captions: float = 0.3  # how often a caption other than an image's first is read, where it has several
-    noise_limit: float = 0.5  # largest t of an image that stands before its caption; 1 = no limit
+    conditioning: str = "noised"  # what follows an image sees it "noised" (the paper), or as a "clean" copy
+    noise_limit: float = 0.5  # largest t of an image that stands before its caption, where noised; 1 = no limit
     workers: int = 0  # processes that prepare batches; 0 = the training process itself
 
     def __post_init__(self):
         for name in ("image_share", "caption_first", "caption_dropout", "other_captions", "noise_limit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} = {getattr(self, name)} is a share: give a number from 0 to 1")
-        if self.codec not in CODECS:
-            raise ValueError(f"data.codec = {self.codec!r}: choose one of {', '.join(CODECS)}")
+        if self.conditioning not in CONDITIONING:
+            raise ValueError(f"data.conditioning = {self.conditioning!r}: choose one of {', '.join(CONDITIONING)}")
         if self.image_share and not self.images:
             raise ValueError("data.images is empty: name a folder of captioned images, or set data.image_share=0")
         if self.image_share < 1 and not self.text:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
 
 
-def image_alone(special: Special, image: Image) -> list[Text | Image]:
+def image_alone(special: Special, image: Image | Codes) -> list[Segment]:
     """An image without its caption: the unconditional half of guidance."""
     return [Text(np.array([special.bos])), image]
 
 
-def caption_then_image(special: Special, caption: np.ndarray, image: Image) -> list[Text | Image]:
+def caption_then_image(special: Special, caption: np.ndarray, image: Image | Codes) -> list[Segment]:
     return [Text(np.concatenate([[special.bos], caption])), image, Text(np.array([special.eos]))]
 
 
-def image_then_caption(special: Special, caption: np.ndarray, image: Image) -> list[Text | Image]:
+def image_then_caption(special: Special, caption: np.ndarray, image: Image | Codes) -> list[Segment]:
     return [Text(np.array([special.bos])), image, Text(np.concatenate([caption, [special.eos]]))]
 
 
@@ -73,10 +85,11 @@ def permutation(n: int, *key: int) -> np.ndarray:
 class Captions:
     """Captioned images of one split, captions as token ids."""
 
-    images: np.ndarray  # [n, S, S, 3] uint8
+    images: Sequence[np.ndarray]  # [H, W, 3] uint8 each
     texts: list[list[str]]
     ids: list[list[np.ndarray]]
     names: list[str]
+    latents: list[np.ndarray] | None = None  # [C, h, w] float32 each, or codes [h, w]; None = encoded when asked for
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,16 +99,16 @@ class Captions:
 class Corpus:
     """All data of a run, in memory."""
 
-    config: DataConfig
-    special: Special
-    grid: tuple[int, int]  # rows and columns of patches of an image
+    config: DataConfig  # with the latents' statistics
+    fmt: Format
+    codec: Codec  # standardised by them
     captions: dict[str, Captions]  # by split: train, held_out_image, held_out_combination
     works: list[np.ndarray]  # token ids of each training text
     held_out_text: list[str]
 
     @property
-    def codec(self) -> Codec:
-        return CODECS[self.config.codec]
+    def special(self) -> Special:
+        return self.fmt.special
 
     @cached_property
     def stream(self) -> np.ndarray:
@@ -105,12 +118,23 @@ class Corpus:
     @cached_property
     def image_document_length(self) -> float:
         """Mean positions of an image document."""
-        return float(np.mean([length(2 + len(ids[0]), [self.grid]) for ids in self.captions["train"].ids]))
+        train, copies = self.captions["train"], (1 - self.config.caption_first) * (self.config.conditioning == "clean")
+        lengths = []
+        for image, ids in zip(train.images, train.ids):
+            once, twice = (image_length(self.grid(image), self.fmt, copy) for copy in (False, True))
+            lengths.append(2 + len(ids[0]) + once + copies * (twice - once))
+        return float(np.mean(lengths))
 
-    def image(self, pixels: np.ndarray, t_max: float = 1.0) -> Image:
-        return Image(self.codec.encode(pixels), t_max)
+    def grid(self, image: np.ndarray) -> tuple[int, int]:
+        """(rows, columns) of patches, or of codes, of an image [H, W, 3]."""
+        return self.codec.grid(image.shape[:2], self.fmt.patch_size)
 
-    def image_document(self, seed: int, k: int) -> list[Text | Image]:
+    def image(self, captions: Captions, i: int, t_max: float = 1.0, copy: bool = False) -> Image | Codes:
+        """The i-th image as a segment."""
+        latents = captions.latents[i] if captions.latents else self.codec.encode(captions.images[i][None])[0]
+        return Codes(latents) if self.fmt.codes else Image(latents, t_max, copy)
+
+    def image_document(self, seed: int, k: int) -> list[Segment]:
         """The k-th captioned image: every image once an epoch, in an order of the epoch's own."""
         c, train = self.config, self.captions["train"]
         epoch, i = divmod(k, len(train))
@@ -123,9 +147,12 @@ class Corpus:
             caption = ids[1 + int(which * (len(ids) - 1))]
         if first < c.caption_first:
             if drop < c.caption_dropout:
-                return image_alone(self.special, self.image(train.images[i]))
-            return caption_then_image(self.special, caption, self.image(train.images[i]))
-        return image_then_caption(self.special, caption, self.image(train.images[i], c.noise_limit))
+                return image_alone(self.special, self.image(train, i))
+            return caption_then_image(self.special, caption, self.image(train, i))
+        clean = c.conditioning == "clean"
+        return image_then_caption(
+            self.special, caption, self.image(train, i, 1.0 if clean else c.noise_limit, copy=clean)
+        )
 
     def text_documents(self, seed: int, k: int, room: int, window: int = 0) -> list[list[Text]]:
         """The k-th window of the text, parted where a work ends, cut to `room` positions in all.
@@ -148,10 +175,12 @@ class Corpus:
 
 
 def build_corpus(
-    config: DataConfig, tokenizer: Tokenizer, patch_size: int, seq_len: int
+    config: DataConfig, tokenizer: Tokenizer, codec: Codec, fmt: Format, seq_len: int
 ) -> tuple[Corpus, dict[str, Report]]:
-    """(all data of a config, what was left out of each source and why)."""
-    grid = CODECS[config.codec].grid(config.image_size, patch_size)
+    """(all data of a config, what was left out of each source and why); the corpus's config has the statistics."""
+    codec.grid(
+        (config.image_size, config.image_size), fmt.patch_size
+    )  # a wrong size is known before the images are read
     reports: dict[str, Report] = {}
     image_sets: list[ImageSet] = []
     text_sets: list[TextSet] = []
@@ -169,7 +198,9 @@ def build_corpus(
             coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
             for i in members:
                 of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
-                fits = [j for j, c in enumerate(of_image) if length(2 + len(c), [grid]) <= seq_len]
+                grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
+                room = seq_len - 2 - image_length(grid, fmt, config.conditioning == "clean")
+                fits = [j for j, c in enumerate(of_image) if len(c) <= room]
                 source = f"images {images.name}"
                 if not fits:
                     too_long = f"caption and image longer than seq_len = {seq_len}"
@@ -181,16 +212,38 @@ def build_corpus(
                 names.append(images.ids[i])
                 texts.append([images.captions[i][j] for j in fits])
                 ids.append([of_image[j] for j in fits])
-        size = config.image_size
-        captions[split] = Captions(
-            np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8), texts, ids, names
-        )
+        captions[split] = Captions(pixels, texts, ids, names)
     if config.image_share and not len(captions["train"]):
-        need = length(2, [grid])
+        grid = codec.grid((config.image_size, config.image_size), fmt.patch_size)
+        need = 2 + image_length(grid, fmt, config.conditioning == "clean")
         raise ValueError(
             f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
             "train.seq_len or model.patch_size"
         )
+    config, codec, captions = with_latents(config, codec, captions, fmt)
     works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
     held_out = [text for s in text_sets for text in s.held_out]
-    return Corpus(config, tokenizer.special, grid, captions, works, held_out), reports
+    return Corpus(config, fmt, codec, captions, works, held_out), reports
+
+
+def with_latents(
+    config: DataConfig, codec: Codec, captions: dict[str, Captions], fmt: Format
+) -> tuple[DataConfig, Codec, dict[str, Captions]]:
+    """All images encoded, once: the config with the latents' statistics, the codec standardised by them, the captions
+    with latents, or with codes where the format says so. A codec that costs nothing encodes when it is asked to."""
+    if not codec.key:
+        return config, codec, captions
+    folder = Path(config.latent_cache).expanduser() if config.latent_cache else latent_cache.cache_folder()
+    raw = {split: latent_cache.encode(c.images, codec, folder) for split, c in captions.items()}
+    if fmt.codes:
+        return (
+            config,
+            codec,
+            {s: replace(c, latents=[codec.quantize(x[None])[0] for x in raw[s]]) for s, c in captions.items()},
+        )
+    if not config.latent_mean and raw["train"]:
+        mean, std = latent_cache.statistics(raw["train"])
+        config = replace(config, latent_mean=mean, latent_std=std)
+    mean, std = (np.float32(v)[:, None, None] for v in (config.latent_mean, config.latent_std))
+    captions = {s: replace(c, latents=[(x - mean) / std for x in raw[s]]) for s, c in captions.items()}
+    return config, codec.standardised(config.latent_mean, config.latent_std), captions

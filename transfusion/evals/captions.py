@@ -25,9 +25,7 @@ def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Ite
             names.setdefault(image.tobytes(), set()).add(texts[0])
     for split, numbers in chosen(corpus, config.n_captions, config.seed):
         captions, n = corpus.captions[split], len(numbers)
-        documents = [
-            image_then_caption(corpus.special, captions.ids[i][0], corpus.image(captions.images[i])) for i in numbers
-        ]
+        documents = [image_then_caption(corpus.special, captions.ids[i][0], corpus.image(captions, i)) for i in numbers]
         nats, n_tokens = text_nats(engine, documents, config.batch)
         # a caption that goes on for twice the longest is wrong already
         enough = 2 * max(len(captions.ids[i][0]) for i in numbers) + 1

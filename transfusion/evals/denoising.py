@@ -57,7 +57,7 @@ def evaluate_denoising(engine: Engine, corpus: Corpus, config: EvalConfig) -> It
     """(name, value) for each split: the loss, its mean at each t, and the conditioning gap with its interval."""
     for split, numbers in chosen(corpus, config.n_images, config.seed):
         captions, n = corpus.captions[split], len(numbers)
-        images = [corpus.image(captions.images[i]) for i in numbers]
+        images = [corpus.image(captions, i) for i in numbers]
         texts = [captions.ids[i][0] for i in numbers]
         documents = [caption_then_image(corpus.special, text, image) for text, image in zip(texts, images)]
         right = denoising_errors(engine, documents, numbers, config)

@@ -50,7 +50,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def carriers(corpus: Corpus, texts: list[str]) -> np.ndarray:
     """[n, m] bool: which of all m real images carry each text, or look exactly like one that does."""
     everything = [corpus.captions[split] for split in SPLITS]
-    flat = np.concatenate([c.images for c in everything])
+    flat = [image for c in everything for image in c.images]
     look: dict[bytes, int] = {}
     same = np.array([look.setdefault(image.tobytes(), len(look)) for image in flat])  # [m] equal where images are
     numbers: dict[str, list[int]] = {}
@@ -74,7 +74,7 @@ def chance(right: np.ndarray, k: int) -> float:
 
 def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: top-k with its interval in each space, and chance."""
-    real = np.concatenate([corpus.captions[split].images for split in SPLITS])
+    real = np.stack([image for split in SPLITS for image in corpus.captions[split].images])
     spaces = {"pixel": pixels}
     if config.features and config.n_captions:
         spaces["feature"] = efficientnet(config.features, engine.device)

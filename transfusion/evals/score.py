@@ -25,7 +25,8 @@ def batches(engine: Engine, documents: Sequence[list[Text | Image]], size: int) 
 @torch.inference_mode()
 def forward(engine: Engine, batch: Batch, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(logits [M, V], predictions [N, P]), float32, of a batch whose patches are z [N, P] at the levels t [I]."""
-    mask = dense_mask(batch.document, batch.image)  # of any length, unlike the block mask of training
+    # of any length, unlike the block mask of training
+    mask = dense_mask(batch.document, batch.image, batch.hidden, not engine.config.model.causal_images)
     with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
         logits, predictions = engine.model(
             batch.tokens, batch.place, mask, z, t, batch.patch_image, batch.grids, batch.patch_at, batch.text_at

@@ -20,7 +20,7 @@ from transfusion.model.cache import Cache, LayerCache
 from transfusion.model.patches import LinearPatches
 from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import angles, rotate
-from transfusion.sequence import check_image_positions
+from transfusion.sequence import Batch, check_image_positions
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class ModelConfig:
     n_heads: int = 4
     n_kv_heads: int = 0  # 0 = n_heads
     ffn_dim: int = 0  # 0 = 8/3 dim, rounded up to a multiple of 256, as in Llama
-    vocab_size: int = 0  # 0 = the tokenizer's
+    vocab_size: int = 0  # 0 = the tokenizer's, and what else is written as tokens
     patch_size: int = 2
-    channels: int = 3
+    channels: int = 0  # 0 = the codec's
+    sides: int = 0  # > 0: images are written with their size, each side at most so many patches
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     qk_norm: bool = False
     image_positions: str = "raster"  # rotary coordinates of patches; or "axial"
+    causal_images: bool = False  # patches see only the patches before them (the paper's ablation)
     patch_positions: bool = False  # add sinusoids of row and column to every patch
     time_scale: bool = False  # the noise level also scales every patch
     refine_width: int = 0  # channels of the convolutions behind the linear read-out; 0 = none
@@ -126,8 +128,11 @@ class Transfusion(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if not config.vocab_size:
-            raise ValueError("model.vocab_size is 0: set it, or let `transfusion train` take it from the tokenizer")
+        if not config.vocab_size or not config.channels:
+            raise ValueError(
+                f"model.vocab_size = {config.vocab_size}, model.channels = {config.channels}: set both, or let "
+                "`transfusion train` take them from the tokenizer and the codec"
+            )
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.patches = LinearPatches(config.dim, config.patch_dim, config.patch_positions, config.time_scale)
@@ -214,7 +219,8 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
         yield name, sum(p.numel() for m in modules for p in m.parameters())
 
 
-def row_mask(document: Tensor, image: Tensor, compiled: bool) -> Tensor | BlockMask:
-    """The mask of rows [B, L]: FlexAttention's tiles for compiled blocks on CUDA, a boolean tensor elsewhere."""
+def row_mask(batch: Batch, model: Transfusion) -> Tensor | BlockMask:
+    """The mask of a batch: FlexAttention's tiles for compiled blocks on CUDA, a boolean tensor elsewhere."""
     # uncompiled, FlexAttention writes out all scores: ten times slower than SDPA with a boolean mask
-    return (masks.block_mask if compiled and document.is_cuda else masks.dense_mask)(document, image)
+    build = masks.block_mask if model.compiled and batch.tokens.is_cuda else masks.dense_mask
+    return build(batch.document, batch.image, batch.hidden, not model.config.causal_images)
