@@ -14,7 +14,6 @@ from random_rows import PATCH_DIM, SPECIAL, VOCAB
 from test_transformer import OPTIONS, random_model
 
 from transfusion.data.documents import DataConfig, caption_then_image, image_then_caption
-from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
 from transfusion.diffusion.solver import SOLVERS, denoiser_from
@@ -24,7 +23,7 @@ from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, set_lr
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
-from transfusion.sequence import Format, Image, Text, collate, lay_out, unpatchify
+from transfusion.sequence import Format, Image, Text, collate, image_length, lay_out, unpatchify
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,-0123"
 FIRST = 6  # id of the first letter; VOCAB = 40 = FIRST + 34
@@ -109,26 +108,34 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
 
 
 @options
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.5), (1.0, 2.0)], ids=str)
 @pytest.mark.parametrize("objective", [{"prediction": "v"}, {"prediction": "x0", "data_variance": 0.4}], ids=str)
 def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance, objective):
     engine = engine_of(**objective, **options)
+    text, image = guidance
+    sampling = replace(engine.config.sample, guidance=text, image_guidance=image)
     for prompt in (["abc"], ["ab", picture(0), "cd"]):
-        got = engine.complete([engine.open(prompt)], "draw", [7], replace(engine.config.sample, guidance=guidance))
-        want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), guidance)
+        got = engine.complete([engine.open(prompt)], "draw", [7], sampling)
+        want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), text, image)
         torch.testing.assert_close(torch.from_numpy(got[0][0].latents), want, rtol=0, atol=2e-5)
 
 
-def slow_image(engine: Engine, document: list[Text | Image], random: torch.Generator, guidance: float) -> torch.Tensor:
+def slow_image(engine, document, random, text, image=1.0, size=(SIZE, SIZE), interval=(0.0, 1.0)) -> torch.Tensor:
     """[C, h, w] latents of the image that continues a document, drawn by whole passes."""
-    n, c = (SIZE // 2) ** 2, engine.config
-    canvas = Image(np.zeros((3, SIZE, SIZE), np.float32))
-    before = [torch.from_numpy(lay_out([s], engine.fmt).patches) for s in document if isinstance(s, Image)]
+    n, c = size[0] * size[1] // 4, engine.config
+    canvas = Image(np.zeros((3, *size), np.float32))
+    images = [s for s in document if isinstance(s, Image)]
+    before = [torch.from_numpy(lay_out([s], engine.fmt).patches) for s in images]
 
     def predict(z, t):
         noisy, times = torch.cat([*before, z]), torch.tensor([0.0] * len(before) + [t[0, 0].item()])
         cond = whole(engine, [*document, canvas], noisy, times)[1][-n:]
-        return guide(cond, whole(engine, [document[0], canvas], z, t[0])[1], guidance)
+        seen = whole(engine, [document[0], *images, canvas], noisy, times)[1][-n:]
+        nothing = whole(engine, [document[0], canvas], z, t[0])[1]
+        guided = nothing + image * (seen - nothing) + text * (cond - seen)
+        if not images:
+            guided = nothing + text * (cond - nothing)
+        return guided if interval[0] <= t[0, 0] <= interval[1] else cond
 
     schedule = SCHEDULES[c.diffusion.schedule]
     denoise = denoiser_from(predict, c.diffusion.prediction, schedule, 1.0, c.diffusion.data_variance)
@@ -136,7 +143,7 @@ def slow_image(engine: Engine, document: list[Text | Image], random: torch.Gener
     times = timesteps(c.sample.steps)
     for t, t_next in pairwise(times):
         z = SOLVERS["ddim"](z, t.expand(n, 1), t_next.expand(n, 1), denoise, schedule, None)
-    return torch.from_numpy(unpatchify(z.numpy(), 2, SIZE, SIZE).copy())
+    return torch.from_numpy(unpatchify(z.numpy(), 2, *size).copy())
 
 
 def test_a_finished_image_is_cached_clean_before_the_text_goes_on():
@@ -274,7 +281,7 @@ def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, op
 
 def test_the_cache_is_as_long_as_a_batch_needs_with_a_second_lane_only_for_guidance():
     engine, sizes = engine_of(), []
-    new_cache, image = engine.model.new_cache, engine.image_length
+    new_cache, image = engine.model.new_cache, image_length((2, 2), engine.fmt)
     engine.model.new_cache = lambda *size: sizes.append(size[:2]) or new_cache(*size)
     engine.generate(["a"] * 4 + ["abc"], mode="draw", batch=2, steps=1)  # <bos> a [image]
     assert sizes == [(4, 2 + image), (4, 2 + image), (2, 4 + image)]
@@ -341,12 +348,130 @@ def test_every_solver_draws_in_range_the_same_alone_and_batched(solver, predicti
 def test_without_guidance_weight_the_prompt_is_not_seen_and_with_it_it_is():
     engine = engine_of()
     prompts = ["a", "quite another one", ["x", picture(0)]]
-    blind = [engine.generate([p], mode="draw", guidance=0.0)[0][0] for p in prompts]
+    blind = [engine.generate([p], mode="draw", guidance=0.0, image_guidance=0.0)[0][0] for p in prompts]
     for image in blind[1:]:
         alike([image], [blind[0]])
     for w in (1.0, 2.0):
         seeing = [engine.generate([p], mode="draw", guidance=w)[0][0] for p in prompts]
         assert np.abs(np.asarray(seeing[0], int) - np.asarray(seeing[1], int)).max() > 10
+
+
+def test_guidance_keeps_to_its_interval():
+    engine = engine_of()
+    for interval in ((0.3, 0.8), (0.0, 0.0)):
+        sampling = replace(engine.config.sample, guidance=2.5, guidance_interval=interval)
+        ((drawn,),) = engine.complete([engine.open("abc")], "draw", [7], sampling)
+        random = torch.Generator().manual_seed(7)
+        want = slow_image(engine, engine.open("abc"), random, 2.5, interval=interval)
+        torch.testing.assert_close(torch.from_numpy(drawn.latents), want, rtol=0, atol=2e-5)
+    assert engine.draw(["abc"], guidance_interval=(0, 0)) == engine.draw(["abc"], guidance=1.0)
+
+
+def test_a_renormalised_image_comes_out_the_same_alone_and_beside_others_and_differs_from_a_plain_one():
+    engine = engine_of()
+    plain = engine.draw(["ab", "cd"], guidance=4.0, seed=3)
+    pair = engine.draw(["ab", "cd"], guidance=4.0, seed=3, renormalise=True)
+    alike([pair[1]], engine.draw(["cd"], guidance=4.0, seed=4, renormalise=True))
+    assert plain != pair
+
+
+# ---- sizes ----
+
+
+def test_an_image_has_the_size_that_the_caller_names_and_is_the_one_of_whole_passes():
+    engine = engine_of(image_positions="axial")
+    for size in ((2, 6), (8, 4)):
+        assert engine.draw(["abc"], size=size)[0].size == size[::-1]
+        grid = (size[0] // 2, size[1] // 2)
+        ((drawn,),) = engine.complete([engine.open("abc")], "draw", [7], engine.config.sample, [grid])
+        want = slow_image(engine, engine.open("abc"), torch.Generator().manual_seed(7), 3.0, size=size)
+        torch.testing.assert_close(torch.from_numpy(drawn.latents), want, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="choose multiples of 2"):
+        engine.draw(["abc"], size=(3, 4))
+
+
+def test_images_of_different_sizes_are_drawn_side_by_side_as_alone():
+    engine, grids = engine_of(), [(1, 3), (2, 2), (4, 1)]
+    documents = [engine.open(p) for p in ("a", "bcd", ["x", picture(1)])]
+    together = engine.complete(documents, "draw", [1, 2, 3], engine.config.sample, grids)
+    for document, seed, grid, (drawn,) in zip(documents, (1, 2, 3), grids, together):
+        assert drawn.latents.shape == (3, 2 * grid[0], 2 * grid[1])
+        ((alone,),) = engine.complete([document], "draw", [seed], engine.config.sample, [grid])
+        np.testing.assert_allclose(drawn.latents, alone.latents, rtol=0, atol=2e-5)
+
+
+SIDES = 5
+
+
+def sized_engine(seq_len=SEQ_LEN) -> Engine:
+    """An engine of a model that writes the sizes of its images."""
+    return engine_of(seq_len=seq_len, sides=SIDES, vocab_size=VOCAB + SIDES)
+
+
+@pytest.mark.parametrize("mode", ["draw", "auto"])
+def test_a_model_that_writes_sizes_draws_what_it_wrote(mode):
+    engine = sized_engine()
+    side = engine.fmt.side
+    opening = [SPECIAL.boi] * (mode == "auto") + [side(3), side(2)]
+    rig(engine, lambda r, n: [*opening, FIRST, SPECIAL.eos][n])
+    greedy = replace(engine.config.sample, temperature=0)  # writing takes no random numbers from the noise
+    answer = engine.complete([engine.open("ab")], mode, [7], greedy)[0]
+    assert kinds(answer) == ("i" if mode == "draw" else "it")
+    assert answer[0].latents.shape == (3, 6, 4)
+    tokens = lay_out([*engine.open("ab"), *answer], engine.fmt).tokens.tolist()
+    assert tokens[3:6] == [SPECIAL.boi, side(3), side(2)] and tokens[6:13] == [SPECIAL.patch] * 6 + [SPECIAL.eoi]
+    want = slow_image(engine, engine.open("ab"), torch.Generator().manual_seed(7), 3.0, size=(6, 4))
+    torch.testing.assert_close(torch.from_numpy(answer[0].latents), want, rtol=0, atol=2e-5)
+
+
+def test_what_is_cached_of_a_written_size_is_what_whole_passes_give():
+    engine = sized_engine()
+    side = engine.fmt.side
+    rig(engine, lambda r, n: [SPECIAL.boi, side(2), side(1), FIRST + 3, SPECIAL.eos][n])
+    seen, document = spy_on_writes(engine), engine.open("ab")
+    ((image, text),) = engine.complete([document], "auto", [7], engine.config.sample)
+    opened = [*document, Text(np.array([SPECIAL.boi, side(2)]))]
+    for logits, n in ((seen[0], 3), (seen[1], 4), (seen[2], 5)):
+        close(logits, whole(engine, opened)[0][n - 1])
+    close(seen[3], whole(engine, [*document, image])[0][-1])
+    close(seen[4], whole(engine, [*document, image, text])[0][-1])
+
+
+@pytest.mark.parametrize("seq_len", range(12, 24))
+def test_a_size_is_written_so_that_the_image_fits(seq_len):
+    engine = sized_engine(seq_len)
+    rig(engine, lambda r, n: SPECIAL.boi)  # wants what is often not allowed: the engine then picks among the rest
+    options = SampleConfig(steps=1, max_images=9, max_tokens=99, temperature=1.0)
+    for seed in range(3):
+        answer = engine.complete([engine.open("ab")], "auto", [seed], options)[0]
+        assert "i" in kinds(answer) and len(lay_out([*engine.open("ab"), *answer], engine.fmt)) <= seq_len
+
+
+# ---- editing ----
+
+
+def test_inpainting_keeps_what_is_known_and_draws_the_rest():
+    engine, image = engine_of(), picture(3)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:2] = 255
+    for known in (mask, np.zeros_like(mask)):
+        (drawn,) = engine.inpaint([image], [PIL.Image.fromarray(known)], ["abc"], seed=1)
+        stays = known == 0
+        assert (np.asarray(drawn)[stays] == np.asarray(image)[stays]).all()
+    others = [engine.inpaint([other], [PIL.Image.fromarray(mask)], ["abc"], seed=1)[0] for other in (image, picture(4))]
+    new = [np.asarray(x)[mask > 0].astype(int) for x in others]
+    assert np.abs(new[0] - new[1]).max() > 10, "what is drawn fits what is known"
+    everything = PIL.Image.fromarray(np.full_like(mask, 255))
+    alike(engine.inpaint([image], [everything], ["abc"], seed=1), engine.draw(["abc"], seed=1))
+
+
+def test_an_edit_draws_behind_the_image_and_the_instruction():
+    engine = engine_of()
+    edited = engine.edit([picture(0), picture(1)], ["ab", "c"], seed=5, image_guidance=1.5)
+    drawn = engine.generate([[picture(0), "ab"], [picture(1), "c"]], mode="draw", seed=5, image_guidance=1.5)
+    alike(edited, [answer[0] for answer in drawn])
+    with pytest.raises(ValueError, match="2 images, 1 instructions: give as many of each"):
+        engine.edit([picture(0), picture(1)], ["ab"])
 
 
 def test_the_time_shift_of_a_call_is_used():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.guidance import branch_weights, guide, renormalised
 from transfusion.diffusion.objective import PREDICTIONS, solve
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
 from transfusion.diffusion.solver import SOLVERS, ddim, ddpm, denoiser_from, euler, heun, sample
@@ -161,21 +161,36 @@ def test_a_new_schedule_is_one_line_and_runs_in_every_solver():
 
 
 def test_guidance_of_one_is_the_condition_and_of_zero_its_absence():
-    cond, uncond = noise(2, 3), noise(2, 3, seed=1)
-    torch.testing.assert_close(guide(cond, uncond, 1.0), cond)
-    assert torch.equal(guide(cond, uncond, 0.0), uncond)
-    per_image = guide(cond, uncond, torch.tensor([[1.0], [3.0]]))
-    torch.testing.assert_close(per_image[1], 3 * cond[1] - 2 * uncond[1])
+    branches = noise(3, 2, 3)
+    cond, seen, uncond = branches
+    torch.testing.assert_close(guide(branches, branch_weights(1.0)), cond)
+    torch.testing.assert_close(guide(branches, branch_weights(0.0, 0.0)), uncond)
+    torch.testing.assert_close(guide(branches, branch_weights(0.0)), seen)
+    wanted = uncond + 1.5 * (seen - uncond) + 3 * (cond - seen)
+    torch.testing.assert_close(guide(branches, branch_weights(3.0, 1.5)), wanted)
+    without_images = torch.stack([cond, uncond, uncond])
+    for image in (0.0, 1.0, 2.0):
+        torch.testing.assert_close(guide(without_images, branch_weights(3.0, image)), uncond + 3 * (cond - uncond))
+
+
+def test_renormalising_takes_an_image_down_to_the_norm_of_the_condition_and_never_up():
+    image_of = torch.tensor([0, 0, 1, 1, 1])
+    cond, guided = noise(5, 4), noise(5, 4, seed=1) * torch.tensor([3, 3, 0.1, 0.1, 0.1])[:, None]
+    found = renormalised(guided, cond, image_of)
+    torch.testing.assert_close(found[:2].norm(), cond[:2].norm())
+    torch.testing.assert_close(found[:2] / guided[:2], (cond[:2].norm() / guided[:2].norm()).expand(2, 4))
+    assert torch.equal(found[2:], guided[2:])
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guidance_is_the_same_before_and_after_solving_for_x_and_eps(prediction):
     z, cond, uncond = (noise(2, 3, seed=seed, dtype=torch.float64) for seed in range(3))
     parts = COSINE(torch.tensor(0.6, dtype=torch.float64))
-    before = solve(prediction, guide(cond, uncond, 3.0), z, *parts)
+    weights = (3.0, -2.0)
+    before = solve(prediction, guide(torch.stack([cond, uncond]), weights), z, *parts)
     after = zip(solve(prediction, cond, z, *parts), solve(prediction, uncond, z, *parts))
     for guided, (c, u) in zip(before, after):
-        torch.testing.assert_close(guided, guide(c, u, 3.0))
+        torch.testing.assert_close(guided, guide(torch.stack([c, u]), weights))
 
 
 # -- diffusers: the same output and noise into both

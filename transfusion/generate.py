@@ -2,92 +2,51 @@
 
     settle   what is final and not cached yet goes through the model once: prompts, written tokens, finished images
              (clean, t = 0, so that the text after it sees it as it sees a prompt's); every writer gets its next token
-    draw     one solver step for all requests that draw: only the image's patches are computed, the conditional and the
-             unconditional prefix side by side in one batch, each request at its own step
+    draw     one solver step for all requests that draw: only the image's patches are computed, the conditional prefix
+             and guidance's others side by side in one batch, each request at its own step
 
 A request is a document that grows; what stands where in it is `lay_out`'s word alone, as in training. Its noise and its
-tokens are drawn from its own seed, so it comes out the same alone or beside any others.
+tokens are drawn from its own seed, so it comes out the same alone or beside any others. A model whose images are codes
+writes them one by one, as text, with guidance on the logits; one that writes sizes does so before the image.
 """
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
+from transfusion.chunk import Branch, Chunk, Span, chunk_of
 from transfusion.codec.codec import Codec
 from transfusion.data.documents import image_alone
 from transfusion.data.images import to_square
-from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.guidance import branch_weights, guide, renormalised
+from transfusion.diffusion.objective import add_noise
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
 from transfusion.diffusion.solver import NOISY, SOLVERS, denoiser_from
 from transfusion.model.cache import Cache
-from transfusion.model.mask import allow
 from transfusion.model.transformer import Transfusion
+from transfusion.request import MODES, Known, Request, Size, allowed, others_of, pick
 from transfusion.run import RunConfig, SampleConfig, codec_of, format_of, uses_bf16
-from transfusion.sequence import NONE, Image, Sequence, Text, image_length, lay_out, unpatchify
+from transfusion.sequence import Codes, Image, Segment, Text, image_length, lay_out, patchify, unpatchify
 from transfusion.tokenizer import Tokenizer
 
-MODES = ("auto", "draw", "text")  # as the model likes | one image now | text only
 Prompt = str | PIL.Image.Image | Seq[str | PIL.Image.Image]
 Answer = list[str | PIL.Image.Image]
 
 
-@dataclass(eq=False)
-class Branch:
-    """A sequence in a lane of the cache; its first `settled` positions have their final keys and values there."""
-
-    lane: int
-    sequence: Sequence | None = None
-    settled: int = 0
-
-
-@dataclass(eq=False)
-class Request:
-    """One document in the making."""
-
-    document: list[Text | Image]
-    prompt: int  # segments of the document that are not ours
-    mode: str
-    random: torch.Generator
-    main: Branch
-    free: Branch  # the unconditional branch: only <bos> before the image
-    z: Tensor | None = None  # [n, P] patches on the way from noise to image; None = it writes
-    step: int = 0  # of the solver
-    written: int = 0  # tokens
-    drawn: int = 0  # images
-    done: bool = False
-
-    def final(self, branch: Branch) -> int:
-        """How many positions of a branch are final: all but those of an image being drawn."""
-        return len(branch.sequence) - (0 if self.z is None else len(self.z) + 1)
-
-
-class Span(NamedTuple):
-    """Positions start .. stop of a branch."""
-
-    branch: Branch
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """b spans side by side, each filled up to q positions, as the model takes them."""
+class Plan:
+    """The patches being drawn, all branches of a request side by side: M in the chunk, N that they stand for."""
 
-    tokens: Tensor  # [b, q]
-    place: Tensor  # [b, q, 4]
-    mask: Tensor  # [b, 1, q, length], of the keys in the cache
-    lanes: Tensor  # [b]
-    slots: Tensor  # [b, q]
-    length: int
-    patch_at: Tensor  # [N] flat positions of the patches
-    patch_image: Tensor  # [N] which of the chunk's images each belongs to
-    grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image
-    last: Tensor  # [b] flat position of each span's last
+    chunk: Chunk
+    image_of: Tensor  # [N] the request of each patch
+    source: Tensor  # [M] which of the N each patch of the chunk is
+    first: Tensor  # [images of the chunk] the first of the N that each shows
+    weights: Tensor  # [M] how much a branch counts
+    main: Tensor  # [M] bool: of the conditional branches
 
 
 class Engine:
@@ -100,22 +59,31 @@ class Engine:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.codec = codec or codec_of(config, self.device)
         self.fmt = format_of(config, tokenizer.special, tokenizer.vocab_size, self.codec)
-        side = config.data.image_size
-        self.grid = self.codec.grid((side, side), config.model.patch_size)  # patches of an image to draw
-        self.image_length = image_length(self.grid, self.fmt)  # positions that it takes
+        self.limit = config.train.seq_len
 
     # ---- what users call ----
 
-    def generate(self, prompts: Seq[Prompt], *, mode="auto", seed: int | Seq[int] = 0, **options) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Seq[Prompt],
+        *,
+        mode: str = "auto",
+        size: Size | None = None,
+        seed: int | Seq[int] = 0,
+        **options,
+    ) -> list[Answer]:
         """What the model adds to each prompt: a list of str and PIL images.
 
         A prompt is a text, a PIL image, or a list of both. `mode`: "auto" (the model decides when to draw), "draw"
-        (one image, now), "text" (no image). `options` are fields of `SampleConfig`, in place of the run's own. Request
-        i takes its randomness from `seed[i]`, or from seed + i where one number is given.
+        (one image, now), "text" (no image). `size`: (height, width) in pixels of what it draws; None: as the model
+        writes it, or the run's own where it does not. `options` are fields of `SampleConfig`, in place of the run's
+        own. Request i takes its randomness from `seed[i]`, or from seed + i where one number is given.
         """
         if isinstance(prompts, str | PIL.Image.Image):
             raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
-        answers = self.complete([self.open(p) for p in prompts], mode, seed, replace(self.config.sample, **options))
+        documents = [self.open(p) for p in prompts]
+        grids = [self.grid(size)] * len(documents)
+        answers = self.complete(documents, mode, seed, replace(self.config.sample, **options), grids)
         return [self.read(segments) for segments in answers]
 
     def draw(self, captions: Seq[str], **options) -> list[PIL.Image.Image]:
@@ -127,127 +95,205 @@ class Engine:
         answers = self.generate(images, mode="text", temperature=temperature, **options)
         return ["".join(answer) for answer in answers]
 
+    def edit(
+        self, images: Seq[PIL.Image.Image], instructions: Seq[str], *, seed: int | Seq[int] = 0, **options
+    ) -> list[PIL.Image.Image]:
+        """Each image as its instruction says, of a model that has learned documents of (image, instruction, image).
+
+        `guidance` is the scale of the instruction, `image_guidance` that of the image.
+        """
+        same_number(images=images, instructions=instructions)
+        documents = [self.open([image, text]) for image, text in zip(images, instructions)]
+        grids = [self.codec.grid(self.fit(image).shape[:2], self.fmt.patch_size) for image in images]
+        answers = self.complete(documents, "draw", seed, replace(self.config.sample, **options), grids)
+        return [self.read(answer)[0] for answer in answers]
+
+    def inpaint(
+        self,
+        images: Seq[PIL.Image.Image],
+        masks: Seq[PIL.Image.Image],
+        captions: Seq[str],
+        *,
+        seed: int | Seq[int] = 0,
+        **options,
+    ) -> list[PIL.Image.Image]:
+        """Each image drawn anew, by its caption, where its mask is white; where it is black the image stays.
+
+        At every solver step the cells that stay are set to what they are at that noise level, so that the new ones are
+        drawn to fit them (RePaint, arXiv 2201.09865, without its resampling).
+        """
+        same_number(images=images, masks=masks, captions=captions)
+        if self.fmt.codes:
+            raise ValueError("inpainting denoises around what is known, and this model writes images as codes")
+        pictures = [self.fit(image) for image in images]
+        new = [self.fit(mask.convert("L").point(lambda v: 255 * (v >= 128)))[..., 0] >= 128 for mask in masks]
+        known = [self.known(*pair) for pair in zip(pictures, new, strict=True)]
+        grids = [self.codec.grid(picture.shape[:2], self.fmt.patch_size) for picture in pictures]
+        sampling = replace(self.config.sample, **options)
+        answers = self.complete([self.open(c) for c in captions], "draw", seed, sampling, grids, known)
+        drawn = [np.asarray(self.read(answer)[0]) for answer in answers]
+        return [PIL.Image.fromarray(np.where(m[..., None], d, p)) for m, d, p in zip(new, drawn, pictures)]
+
     # ---- prompts and answers ----
 
-    def open(self, prompt: Prompt) -> list[Text | Image]:
+    def open(self, prompt: Prompt) -> list[Segment]:
         """The document that a prompt begins."""
-        document: list[Text | Image] = [Text(np.array([self.fmt.special.bos]))]
+        document: list[Segment] = [Text(np.array([self.fmt.special.bos]))]
         for part in [prompt] if isinstance(prompt, str | PIL.Image.Image) else prompt:
             if isinstance(part, str):
                 document.append(Text(np.asarray(self.tokenizer.encode(part), np.int64)))
             elif isinstance(part, PIL.Image.Image):
-                document.append(Image(self.codec.encode(to_square(part, self.config.data.image_size)[None])[0]))
+                document.append(self.segment(self.fit(part)))
             else:
                 raise ValueError(f"a prompt is made of str and PIL images, not {type(part).__name__}")
         return document
 
-    def read(self, segments: Seq[Text | Image]) -> Answer:
+    def fit(self, picture: PIL.Image.Image) -> np.ndarray:
+        """uint8 [H, W, 3] of a picture at a size of the run's."""
+        return to_square(picture, self.config.data.image_size)
+
+    def segment(self, pixels: np.ndarray) -> Image | Codes:
+        """An image uint8 [H, W, 3] as the model reads it."""
+        latents = self.codec.encode(pixels[None])
+        return Codes(self.codec.quantize(latents)[0]) if self.fmt.codes else Image(latents[0])
+
+    def read(self, segments: Seq[Segment]) -> Answer:
         """Segments as people read them."""
-        return [
-            self.tokenizer.decode(s.ids.tolist())
-            if isinstance(s, Text)
-            else PIL.Image.fromarray(self.codec.decode(s.latents[None])[0])
-            for s in segments
-        ]
+        return [self.tokenizer.decode(s.ids.tolist()) if isinstance(s, Text) else self.picture(s) for s in segments]
+
+    def picture(self, image: Image | Codes) -> PIL.Image.Image:
+        latents = self.codec.lookup(image.codes[None]) if isinstance(image, Codes) else image.latents[None]
+        return PIL.Image.fromarray(self.codec.decode(latents)[0])
+
+    def grid(self, size: Size | None) -> Size | None:
+        """(rows, columns) of patches of a size in pixels; None: the run's, or None again where the model writes it."""
+        if size is None and self.fmt.sides:
+            return None
+        return self.codec.grid(size or (self.config.data.image_size,) * 2, self.fmt.patch_size)
+
+    def known(self, pixels: np.ndarray, new: np.ndarray) -> Known:
+        """What stays of an image uint8 [H, W, 3] whose `new` pixels, bool [H, W], are to be drawn."""
+        latents, k = self.codec.encode(pixels[None])[0], self.codec.factor
+        cells = new.reshape(latents.shape[1], k, latents.shape[2], k).any((1, 3))  # [h, w] with anything new in it
+        keep = np.broadcast_to(~cells, latents.shape)
+        of_image = (torch.from_numpy(patchify(x, self.fmt.patch_size)).to(self.device) for x in (latents, keep))
+        return Known(*of_image)
 
     # ---- the loop ----
 
     @torch.no_grad()
     def complete(
-        self, documents: Seq[list[Text | Image]], mode: str, seed: int | Seq[int], sampling: SampleConfig
-    ) -> list[list[Text | Image]]:
+        self,
+        documents: Seq[list[Segment]],
+        mode: str,
+        seed: int | Seq[int],
+        sampling: SampleConfig,
+        grids: Seq[Size | None] | None = None,
+        known: Seq[Known | None] | None = None,
+    ) -> list[list[Segment]]:
         """The segments that the model adds to each document."""
         if mode not in MODES:
             raise ValueError(f"mode = {mode!r}: choose one of {', '.join(MODES)}")
-        seeds = [seed + i for i in range(len(documents))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(documents):
-            raise ValueError(f"{len(seeds)} seeds for {len(documents)} prompts: give one number, or one for each")
-        limit = self.config.train.seq_len
-        what, more = ("the image to draw", self.image_length) if mode == "draw" else ("one token more", 1)
-        for document in documents:
+        n = len(documents)
+        seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != n:
+            raise ValueError(f"{len(seeds)} seeds for {n} prompts: give one number, or one for each")
+        grids, known = grids or [self.grid(None)] * n, known or [None] * n
+        lanes = 1 if mode == "text" else 1 + others_of(sampling)
+        requests = []
+        for i, document in enumerate(documents):
+            what, more = "one token more", 1
+            if mode == "draw":
+                what, more = "the image to draw", image_length(grids[i] or (1, 1), self.fmt)
             need = len(lay_out(document, self.fmt)) + more
-            if need > limit:
-                raise ValueError(f"prompt and {what} take {need} positions, the model has {limit}: shorten the prompt")
-        added: list[list[Text | Image]] = []
-        for start in range(0, len(documents), sampling.batch):
-            part = slice(start, start + sampling.batch)
-            added += self.side_by_side(documents[part], mode, seeds[part], sampling)
-        return added
+            if need > self.limit:
+                raise ValueError(
+                    f"prompt and {what} take {need} positions, the model has {self.limit}: shorten the prompt"
+                )
+            random, lane = torch.Generator().manual_seed(seeds[i]), i % sampling.batch * lanes
+            main, *others = (Branch(lane + j) for j in range(lanes))
+            requests.append(Request(list(document), len(document), mode, grids[i], known[i], random, main, others))
+        for start in range(0, n, sampling.batch):
+            self.side_by_side(requests[start : start + sampling.batch], sampling)
+        return [r.document[r.prompt :] for r in requests]
 
-    def side_by_side(
-        self, documents: Seq[list[Text | Image]], mode: str, seeds: Seq[int], sampling: SampleConfig
-    ) -> list[list[Text | Image]]:
-        """`complete` for documents that fit into memory together."""
-        n, requests, drawing = len(documents), [], []
-        for i, (document, seed) in enumerate(zip(documents, seeds)):
-            random = torch.Generator().manual_seed(seed)
-            r = Request(list(document), len(document), mode, random, Branch(i), Branch(n + i))
-            self.begin_image(r) if mode == "draw" else self.lay_out(r)
-            requests.append(r)
-        lanes = n if mode == "text" or sampling.guidance == 1 else 2 * n
-        slots = max(len(r.main.sequence) for r in requests)
-        if mode != "draw":
-            slots += sampling.max_tokens + sampling.max_images * self.image_length
-        cache = self.model.new_cache(lanes, min(slots, self.config.train.seq_len), self.dtype)
+    def side_by_side(self, requests: Seq[Request], sampling: SampleConfig):
+        """Carries requests that fit into memory together to their ends."""
+        drawing: list[Request] = []
+        for r in requests:
+            self.open_image(r, sampling) if r.mode == "draw" else self.lay_out(r)
+        cache = self.new_cache(requests, sampling)
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             while any(not r.done for r in requests):
                 self.settle(requests, cache, sampling)
-                # an image that settle has just opened waits until its <boi> and its other prefix are cached
-                group = [r for r in requests if r.z is not None and r.main.settled == r.final(r.main)]
-                if group != drawing:  # the chunk of patches serves as long as the same requests draw
-                    drawing, chunk = group, self.patch_chunk(group, cache, sampling) if group else None
+                # an image that settle has just opened waits until its <boi> and its other prefixes are cached
+                group = [r for r in requests if r.z is not None and all(b.settled == r.final(b) for b in r.branches())]
+                if group != drawing:  # the plan serves as long as the same requests draw
+                    drawing, plan = group, self.plan(group, cache) if group else None
                 if group:
-                    self.draw_step(group, chunk, cache, sampling)
-        return [r.document[r.prompt :] for r in requests]
+                    self.draw_step(group, plan, cache, sampling)
+
+    def new_cache(self, requests: Seq[Request], sampling: SampleConfig) -> Cache:
+        """A cache as long as the requests may become."""
+        slots = max(len(r.main.sequence) for r in requests)
+        grids = {r.grid for r in requests}
+        if requests[0].mode != "draw":
+            slots += sampling.max_tokens
+            slots += sampling.max_images * max((image_length(g, self.fmt) for g in grids if g), default=0)
+        slots = self.limit if None in grids else min(slots, self.limit)
+        lanes = 1 + max(branch.lane for r in requests for branch in (r.main, *r.others))
+        return self.model.new_cache(lanes, slots, self.dtype)
 
     def lay_out(self, r: Request):
         r.main.sequence = lay_out(r.document, self.fmt)
 
-    def begin_image(self, r: Request):
-        """Opens an image behind the document: pure noise, t = 1."""
-        h, w = (n * self.fmt.patch_size for n in self.grid)
-        canvas = Image(np.zeros((self.codec.channels, h, w), np.float32))
-        r.document.append(canvas)
-        self.lay_out(r)
-        r.free.sequence, r.free.settled = lay_out(image_alone(self.fmt.special, canvas), self.fmt), 0
-        n = len(r.free.sequence.patches)
-        r.z, r.step = torch.randn(n, self.config.model.patch_dim, generator=r.random).to(self.device), 0
+    # ---- writing ----
 
     def settle(self, requests: Seq[Request], cache: Cache, sampling: SampleConfig):
         """Caches what is final and not cached yet; long spans (prompts) and single tokens go apart."""
-        spans: list[tuple[Request, Span]] = []
+        spans: list[Span] = []
         for r in requests:
-            guided = r.z is not None and sampling.guidance != 1
-            for branch in [r.main, r.free] if guided else [r.main]:
-                if not r.done and branch.settled < r.final(branch):
-                    spans.append((r, Span(branch, branch.settled, r.final(branch))))
-        single = [(r, s) for r, s in spans if s.stop - s.start == 1]
-        longer = [(r, s) for r, s in spans if s.stop - s.start > 1]
+            for branch in r.branches() if not r.done else []:
+                if branch.settled < r.final(branch):
+                    spans.append(Span(branch, branch.settled, r.final(branch)))
+        logits: dict[Branch, Tensor] = {}  # at the last final position
+        single = [s for s in spans if s.stop - s.start == 1]
+        longer = [s for s in spans if s.stop - s.start > 1]
         for group in filter(None, (single, longer)):
-            chunk = self.chunk([s for _, s in group], cache)
-            z = [patches_of(s) for _, s in group]
+            chunk = self.chunk(group, cache)
+            z = [s.patches for s in group]
             z = torch.from_numpy(np.concatenate([p for p in z if len(p)] or z[:1])).to(self.device)
             clean = torch.zeros(len(chunk.grids), device=self.device)
-            logits, _ = self.forward(chunk, cache, z, clean, chunk.last)
-            for (r, s), row in zip(group, logits.float().cpu()):
+            found, _ = self.forward(chunk, cache, z, clean, chunk.last)
+            for s, row in zip(group, found.float().cpu()):
                 s.branch.settled = s.stop
-                if r.z is None:
-                    self.write(r, row, sampling)
+                logits[s.branch] = row
+        for r in requests:
+            if r.main in logits and r.z is None:
+                of_branches = torch.stack([logits[b] for b in r.branches()])
+                self.write(r, guide(of_branches, r.weights), sampling)
 
     def write(self, r: Request, logits: Tensor, sampling: SampleConfig):
         """Draws a request's next token from logits [V] and does what it says."""
-        special, limit = self.fmt.special, self.config.train.seq_len
-        n = len(r.main.sequence)
-        room_to_draw = n + self.image_length <= limit
-        banned = [special.pad, special.bos, special.eoi, special.patch]
-        if r.mode == "text" or r.drawn >= sampling.max_images or not room_to_draw:
-            banned.append(special.boi)
-        logits[banned] = -torch.inf
+        special, fmt = self.fmt.special, self.fmt
+        logits = logits.masked_fill(~allowed(r, sampling, self.fmt, self.limit, len(logits)), -torch.inf)
         token = pick(logits, sampling, r.random)
-        if token == special.boi:
-            self.begin_image(r)
+        if r.coded is not None:
+            codes = r.document.pop().codes.copy()
+            codes.flat[r.coded] = token - fmt.first_code
+            r.document.append(Codes(codes))
+            r.coded += 1
+            for branch, document in zip(r.branches(), self.prefixes(r, sampling)[0]):
+                branch.sequence = lay_out(document, fmt)
+            if r.coded == codes.size:
+                self.finish_image(r)
+        elif r.sides is not None:
+            r.sides.append(token - fmt.side(1) + 1)
+            self.open_image(r, sampling)
+        elif token == special.boi:
+            self.open_image(r, sampling)
         elif token == special.eos:
             r.done = True
         else:
@@ -256,77 +302,111 @@ class Engine:
             r.document.append(Text(ids))
             self.lay_out(r)
             r.written += 1
-            r.done = r.written >= sampling.max_tokens or n + 1 >= limit
+            r.done = r.written >= sampling.max_tokens or len(r.main.sequence) >= self.limit
 
-    def patch_chunk(self, group: Seq[Request], cache: Cache, sampling: SampleConfig) -> Chunk:
-        """The patches being drawn: of all conditional branches, then of all unconditional ones where guidance asks."""
-        branches = [(r, r.main) for r in group] + [(r, r.free) for r in group if sampling.guidance != 1]
-        return self.chunk([Span(b, r.final(b), r.final(b) + len(r.z)) for r, b in branches], cache)
+    # ---- drawing ----
 
-    def draw_step(self, group: Seq[Request], chunk: Chunk, cache: Cache, sampling: SampleConfig):
+    def open_image(self, r: Request, sampling: SampleConfig):
+        """Opens an image behind the document; where its size is to be written, writes that first."""
+        grid = r.grid
+        if grid is None:
+            if r.sides is not None:
+                r.document.pop()
+            r.sides = r.sides or []
+            if len(r.sides) < 2:
+                r.document.append(Text(np.array([self.fmt.special.boi, *map(self.fmt.side, r.sides)])))
+                self.lay_out(r)
+                return
+            grid, r.sides = tuple(r.sides), None
+        r.document.append(self.canvas(grid))
+        documents, r.weights = self.prefixes(r, sampling)
+        r.guiding = r.others[: len(documents) - 1]
+        for branch, document in zip(r.branches(), documents):
+            branch.sequence = lay_out(document, self.fmt)
+        for branch in r.guiding:
+            branch.settled = 0
+        if self.fmt.codes:
+            r.coded = 0
+        else:
+            r.noise = torch.randn(r.main.sequence.patches[-grid[0] * grid[1] :].shape, generator=r.random)
+            r.noise = r.noise.to(self.device)
+            r.z, r.step = r.noise, 0
+
+    def canvas(self, grid: Size) -> Image | Codes:
+        """An image of so many rows and columns of patches, with nothing on it."""
+        if self.fmt.codes:
+            return Codes(np.zeros(grid, np.int64))
+        return Image(np.zeros((self.codec.channels, *(n * self.fmt.patch_size for n in grid)), np.float32))
+
+    def prefixes(self, r: Request, sampling: SampleConfig) -> tuple[list[list[Segment]], tuple[float, ...]]:
+        """(the document whose image is being drawn, and what is left of it for guidance; how much each counts)."""
+        alone = image_alone(self.fmt.special, r.document[-1])
+        images = [s for s in r.document if not isinstance(s, Text)]
+        everything, seen, nothing = branch_weights(sampling.guidance, sampling.image_guidance)
+        if len(images) == 1:
+            seen, nothing = 0.0, 1.0 - everything
+        weighted = ((r.document, everything), ([alone[0], *images], seen), (alone, nothing))
+        documents, weights = zip(*[(d, w) for d, w in weighted if w or d is r.document])
+        return list(documents), weights
+
+    def plan(self, group: Seq[Request], cache: Cache) -> Plan:
+        """What does not change from step to step while the same requests draw."""
+        spans = [(i, Span(b, r.final(b), r.final(b) + len(r.z))) for i, r in enumerate(group) for b in r.branches()]
+        sizes = torch.tensor([len(r.z) for r in group])
+        first = sizes.cumsum(0) - sizes
+        owner = torch.tensor([i for i, _ in spans])
+        source = torch.cat([torch.arange(len(group[i].z)) + first[i] for i in owner.tolist()])
+        weights = torch.tensor([w for r in group for w in r.weights])
+        main = torch.tensor([j == 0 for r in group for j in range(len(r.weights))])
+        per_patch = (owner, sizes[owner])
+        image_of = torch.repeat_interleave(torch.arange(len(group)), sizes)
+        tensors = (image_of, source, first[owner], *(torch.repeat_interleave(x, per_patch[1]) for x in (weights, main)))
+        return Plan(self.chunk([s for _, s in spans], cache), *(x.to(self.device) for x in tensors))
+
+    def draw_step(self, group: Seq[Request], plan: Plan, cache: Cache, sampling: SampleConfig):
         """One solver step for every request of the group."""
-        sizes = [len(r.z) for r in group]
-        copies = len(chunk.lanes) // len(group)  # 2 with guidance
-        first = torch.tensor([0, *sizes[:-1]], device=self.device).cumsum(0)  # each request's first patch
         c = self.config.diffusion
         schedule = SCHEDULES[c.schedule]
+        low, high = sampling.guidance_interval
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             """[N, P] guided prediction at z [N, P] as the model reads it, t [N, 1]."""
-            t = t[first, 0].repeat(copies)  # [I]
-            _, p = self.forward(chunk, cache, z.repeat(copies, 1), t, chunk.last[:0])
-            return p.float() if copies == 1 else guide(*p.float().chunk(2), sampling.guidance)
+            _, p = self.forward(plan.chunk, cache, z[plan.source], t[plan.first, 0], plan.chunk.last[:0])
+            p, inside = p.float(), ((low <= t) & (t <= high))[plan.source, 0]
+            cond = p[plan.main]
+            guided = torch.zeros_like(z).index_add(0, plan.source, p * plan.weights[:, None])
+            guided = torch.where(inside[plan.main, None], guided, cond)
+            return renormalised(guided, cond, plan.image_of) if sampling.renormalise else guided
 
         times = timesteps(sampling.steps, sampling.t_shift)
-        t, t_next = (
-            torch.repeat_interleave(times[[r.step + i for r in group]], torch.tensor(sizes))[:, None].to(self.device)
-            for i in (0, 1)
-        )
+        t, t_next = (times[[r.step + i for r in group]].to(self.device)[plan.image_of, None] for i in (0, 1))
         denoise = denoiser_from(predict, c.prediction, schedule, self.codec.limit, c.data_variance)
-        noise = (
-            torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group]) if sampling.solver in NOISY else None
-        )
-        z = torch.cat([r.z for r in group])
-        z = SOLVERS[sampling.solver](z, t, t_next, denoise, schedule, None if noise is None else noise.to(self.device))
-        for r, patches in zip(group, z.split(sizes)):
+        z, noise = torch.cat([r.z for r in group]), None
+        if sampling.solver in NOISY:
+            noise = torch.cat([torch.randn(r.z.shape, generator=r.random) for r in group]).to(self.device)
+        z = SOLVERS[sampling.solver](z, t, t_next, denoise, schedule, noise)
+        sizes = [len(r.z) for r in group]
+        for r, patches, to in zip(group, z.split(sizes), t_next.split(sizes)):
+            if r.known is not None:
+                patches = torch.where(r.known.keep, add_noise(r.known.patches, r.noise, *schedule(to)), patches)
             r.z, r.step = patches, r.step + 1
             if r.step == sampling.steps:
+                blank = r.document.pop().latents
+                drawn = unpatchify(r.z.float().cpu().numpy(), self.fmt.patch_size, *blank.shape[1:])
+                r.document.append(Image(np.ascontiguousarray(drawn)))
                 self.finish_image(r)
 
     def finish_image(self, r: Request):
-        """Puts the drawn image into the document, where `settle` will encode it clean."""
-        blank = r.document.pop().latents
-        drawn = unpatchify(r.z.float().cpu().numpy(), self.fmt.patch_size, *blank.shape[1:])
-        r.document.append(Image(np.ascontiguousarray(drawn)))
+        """The drawn image stands in the document; `settle` will encode it clean before the text goes on."""
         self.lay_out(r)
-        r.z, r.drawn = None, r.drawn + 1
-        r.done = r.mode == "draw" or len(r.main.sequence) >= self.config.train.seq_len
+        r.z = r.noise = r.coded = None
+        r.guiding, r.weights, r.drawn = [], (1.0,), r.drawn + 1
+        r.done = r.mode == "draw" or len(r.main.sequence) >= self.limit
 
-    # ---- from spans to the model ----
+    # ---- to the model ----
 
     def chunk(self, spans: Seq[Span], cache: Cache) -> Chunk:
-        """Spans as tensors; queries that only fill up write to the cache's bin and see its first slot."""
-        b, q, length = len(spans), max(s.stop - s.start for s in spans), max(s.stop for s in spans)
-        tokens, place = np.full((b, q), self.fmt.special.pad), np.zeros((b, q, 4), np.int64)
-        slots, index = np.full((b, q), cache.bin), np.zeros((b, q), np.int64)
-        image_q, image_k = np.full((b, q), NONE), np.full((b, length), NONE)
-        grids: list[tuple[int, int]] = []
-        for i, (branch, start, stop) in enumerate(spans):
-            s, n = branch.sequence, stop - start
-            tokens[i, :n], place[i, :n], image_q[i, :n] = s.tokens[start:stop], s.place[start:stop], s.image[start:stop]
-            slots[i, :n] = index[i, :n] = np.arange(start, stop)
-            image_k[i, :stop] = s.image[:stop]
-            grids += [s.grids[j] for j in np.unique(image_q[i, :n]) if j != NONE]
-        full = not self.config.model.causal_images
-        mask = allow(0, image_q[:, :, None], index[:, :, None], 0, image_k[:, None], np.arange(length), np.False_, full)
-        last = [i * q + s.stop - s.start - 1 for i, s in enumerate(spans)]
-        arrays = (tokens, place, mask[:, None], np.array([s.branch.lane for s in spans]), slots)
-        tokens, place, mask, lanes, slots = (torch.from_numpy(a).to(self.device) for a in arrays)
-        patch_at = torch.from_numpy(np.flatnonzero(image_q != NONE)).to(self.device)
-        patch_image = np.repeat(np.arange(len(grids)), [rows * columns for rows, columns in grids])
-        patch_image = torch.from_numpy(patch_image).to(self.device)
-        last = torch.tensor(last, device=self.device)
-        return Chunk(tokens, place, mask, lanes, slots, length, patch_at, patch_image, tuple(grids), last)
+        return chunk_of(spans, cache, self.fmt, not self.config.model.causal_images, self.device)
 
     def forward(self, chunk: Chunk, cache: Cache, z: Tensor, t: Tensor, text_at: Tensor):
         """(logits, predictions) of a chunk, whose keys and values go to the cache; t [I]."""
@@ -334,18 +414,7 @@ class Engine:
         return self.model(c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, layers)
 
 
-def patches_of(span: Span) -> np.ndarray:
-    """[n, P] the clean patches that stand in a span."""
-    s = span.branch.sequence
-    start, stop = ((s.image[:i] != NONE).sum() for i in (span.start, span.stop))
-    return s.patches[start:stop]
-
-
-def pick(logits: Tensor, sampling: SampleConfig, random: torch.Generator) -> int:
-    """A token id from logits [V]: greedy at temperature 0, else from the top-k of the nucleus (1904.09751)."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    p, ids = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
-    keep = p.cumsum(0) - p < sampling.top_p  # the smallest set that reaches top_p
-    keep[sampling.top_k or len(p) :] = False
-    return int(ids[torch.multinomial(p * keep, 1, generator=random)])
+def same_number(**lists: Seq):
+    """Raises ValueError unless the lists are of one length."""
+    if len({len(x) for x in lists.values()}) > 1:
+        raise ValueError(f"{', '.join(f'{len(x)} {name}' for name, x in lists.items())}: give as many of each")

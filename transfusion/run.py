@@ -59,7 +59,10 @@ class SampleConfig:
 
     steps: int = 50  # of the solver
     solver: str = "ddim"
-    guidance: float = 3.0  # 1 = none
+    guidance: float = 3.0  # scale of the text; 1 = none
+    image_guidance: float = 1.0  # scale of the images before the one that is drawn; 1 = none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only at these t
+    renormalise: bool = False  # scale the guided prediction down to the norm of the conditional one
     t_shift: float = 1.0  # > 1 spends more of the steps on noisy images
     temperature: float = 1.0  # of text; 0 = greedy
     top_p: float = 1.0
@@ -73,6 +76,9 @@ class SampleConfig:
             raise ValueError(f"sample.solver = {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.steps < 1:
             raise ValueError(f"sample.steps = {self.steps}: at least 1 step leads from noise to an image")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"sample.guidance_interval = {low}, {high}: give two times, 0 <= from <= to <= 1")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError("sampling wants temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
         if self.max_tokens < 1 or self.max_images < 0 or self.batch < 1:
