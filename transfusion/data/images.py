@@ -1,16 +1,19 @@
-"""Captioned images in memory, all of one size: the shipped OpenMoji drawings, or a folder of the user's own.
+"""Captioned images in memory: the shipped OpenMoji drawings, or a folder of the user's own.
 
     folder/metadata.jsonl    {"file_name": "a/cat.png", "text": "a cat"}    text: one caption or a list of them
     folder/a/cat.txt         beside a/cat.png: one caption a line
 
+Every image takes one of a few sizes, (height, width) in pixels: the one whose aspect ratio is closest to its own.
 Held-out images never enter training: fixed in the shipped file, drawn by a hash of the file name in a folder.
 """
 
 import hashlib
 import os
+import re
 import unicodedata
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +30,7 @@ METADATA = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 HELD_OUT_SHARE = 0.02
 MIN_FOR_HELD_OUT = 20  # a folder smaller than this is trained on whole
+Size = tuple[int, int]  # height, width in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class ImageSet:
     """n images with their captions; `split` is train, held_out_image or held_out_combination."""
 
     name: str  # the path it was loaded by
-    images: np.ndarray  # [n, S, S, 3] uint8
+    images: Sequence[np.ndarray]  # n of [h, w, 3] uint8: one array where all are of one size, a list where not
     captions: list[list[str]]  # of each image: the main one first; other languages carry a prefix, 'de: '
     split: np.ndarray  # [n] str
     ids: list[str]  # code points, or file names
@@ -43,37 +47,42 @@ class ImageSet:
         return len(self.ids)
 
 
-def load_images(path: str, size: int) -> tuple[ImageSet, Report]:
-    """(images at `size` pixels, what was skipped); ValueError where nothing usable is found."""
-    return load_openmoji(path, size) if path in SHIPPED else load_folder(str(path), size)
+def load_images(path: str, sizes: int | Sequence[Size]) -> tuple[ImageSet, Report]:
+    """(images of these sizes, what was skipped); a number is a square; ValueError where nothing usable is found."""
+    sizes = [(sizes, sizes)] if isinstance(sizes, int) else sizes
+    return load_openmoji(path, sizes) if path in SHIPPED else load_folder(str(path), sizes)
 
 
-def load_openmoji(name: str, size: int) -> tuple[ImageSet, Report]:
+def load_openmoji(name: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
     """The shipped drawings; 'emoji:base' leaves out the skin-tone variants and with them the held-out combinations."""
     with np.load(OPENMOJI) as file:
         keep = np.ones(len(file["code"]), bool) if name == "emoji" else file["tone"] == ""
         images, captions, split, codes = (file[k][keep] for k in ("images", "captions", "split", "code"))
         prefixes = ["" if lang == "en" else f"{lang}: " for lang in file["languages"].tolist()]
-    if size != images.shape[1]:
-        exact = images.shape[1] % size == 0  # whole pixels averaged: no ringing beside the black outlines
+    height, width = bucket_of(images.shape[2], images.shape[1], sizes)
+    if (height, width) != images.shape[1:3]:
+        cut = [crop(Image.fromarray(image), (height, width)) for image in images]
+        exact = cut[0].width % width == 0 == cut[0].height % height
+        # whole pixels averaged, where that is possible: no ringing beside the black outlines
         method = Image.Resampling.BOX if exact else Image.Resampling.LANCZOS
-        images = np.stack([np.asarray(Image.fromarray(image).resize((size, size), method)) for image in images])
+        images = np.stack([np.asarray(picture.resize((width, height), method)) for picture in cut])
     named = [[prefix + text for prefix, text in zip(prefixes, row)] for row in captions.tolist()]
     return ImageSet(name, images, named, split, codes.tolist()), Report(len(images))
 
 
-def load_folder(path: str, size: int) -> tuple[ImageSet, Report]:
+def load_folder(path: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
     """A folder's captioned images, sub-folders included, in the order of their names."""
-    files = list_files(path)
+    files = list_files(path, f"{' or '.join(map(repr, SHIPPED))}, or a folder of captioned images")
     skipped: dict[str, list[str]] = defaultdict(list)
     captions = read_captions(files, skipped)
     wanted = [name for name in files if name in captions or Path(name).suffix.lower() in SUFFIXES]
-    images = np.empty((len(wanted), size, size, 3), np.uint8)
+    n, one_size = len(wanted), len(sizes) == 1  # images of one size are decoded into their array, never held twice
+    images = np.empty((n, *sizes[0], 3), np.uint8) if one_size else [np.empty(0)] * n
     ids: list[str] = []
     for name in wanted:
         image = None
         if captions.get(name):
-            image = decode(files[name], size)
+            image = decode(files[name], sizes)
         if isinstance(image, np.ndarray):
             images[len(ids)] = image
             ids.append(name)
@@ -91,11 +100,11 @@ def load_folder(path: str, size: int) -> tuple[ImageSet, Report]:
     return ImageSet(path, images[: len(ids)], [captions[name] for name in ids], split, ids), report
 
 
-def list_files(path: str) -> dict[str, Path]:
+def list_files(path: str, remedy: str) -> dict[str, Path]:
     """Name within the folder (NFC, '/') -> file, sorted; hidden ones are left out; ValueError if there is no folder."""
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise ValueError(f"no folder {path}: give {' or '.join(map(repr, SHIPPED))}, or a folder of captioned images")
+        raise ValueError(f"no folder {path}: give {remedy}")
     found = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
@@ -109,6 +118,11 @@ def list_files(path: str) -> dict[str, Path]:
 def plain(name: str) -> str:
     """A file name as printable text: macOS stores accents apart from their letters, old disks store broken UTF-8."""
     return unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+
+
+def beside(name: str, target: str) -> str:
+    """The plain name within the folder of a file that is named from where `name` lies."""
+    return plain(os.path.normpath(os.path.join(os.path.dirname(name), target)).replace(os.sep, "/"))
 
 
 def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -133,7 +147,7 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> dict
                 elif not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
                     problem = 'metadata line without "text"'
                 else:
-                    target = plain(os.path.normpath(os.path.join(os.path.dirname(name), target)).replace(os.sep, "/"))
+                    target = beside(name, target)
                     if target not in files:
                         problem = "metadata line that names a missing file"
             if problem:
@@ -167,8 +181,8 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted({known[s] for s in SUFFIXES if s in known}))
 
 
-def decode(file: Path, size: int) -> np.ndarray | str:
-    """uint8 [size, size, 3] of an image file's first frame, upright, on white; or why it cannot be had."""
+def decode(file: Path, sizes: Sequence[Size]) -> np.ndarray | str:
+    """uint8 [h, w, 3] of an image file's first frame, upright, on white; or why it cannot be had."""
     try:
         if not file.stat().st_size:
             return "empty file"
@@ -176,17 +190,42 @@ def decode(file: Path, size: int) -> np.ndarray | str:
             warnings.simplefilter("ignore")  # odd metadata and the like; but a bomb is an error already at the warning
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats()) as picture:
-                picture.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a fraction of its size
-                return to_square(picture, size)
+                side = 2 * max(map(max, sizes))  # both sides, as it may yet be turned
+                picture.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
+                return to_pixels(picture, sizes)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError):
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except Exception:  # decoders of broken files raise anything; one file must not end a run
         return "broken or unknown image"
 
 
+def to_pixels(picture: Image.Image, sizes: Sequence[Size]) -> np.ndarray:
+    """uint8 [h, w, 3]: upright, eight bits a channel, on white, its centre at the closest of the sizes."""
+    upright = eight_bit(ImageOps.exif_transpose(picture))
+    return np.asarray(fit(upright, bucket_of(*upright.size, sizes)))
+
+
 def to_square(picture: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: upright, eight bits a channel, on white, its centre square at that size."""
-    return np.asarray(square(eight_bit(ImageOps.exif_transpose(picture)), size))
+    """uint8 [size, size, 3], as `to_pixels`."""
+    return to_pixels(picture, [(size, size)])
+
+
+def bucket_of(width: int, height: int, sizes: Sequence[Size]) -> Size:
+    """The one of the sizes whose aspect ratio is closest on a log scale; of two equally close ones the earlier."""
+
+    def stretch(size: Size) -> float:  # exp of the distance; of whole numbers, so that ties are ties
+        a, b = width * size[0], height * size[1]
+        return max(a, b) / min(a, b)
+
+    return min(sizes, key=stretch)
+
+
+def parse_size(text: str) -> Size:
+    """(height, width) of "64x96"."""
+    sides = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if not sides:
+        raise ValueError(f'{text!r} is no image size: give height x width in pixels, as in "64x64" or "48x80"')
+    return int(sides[1]), int(sides[2])
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
@@ -204,13 +243,19 @@ def eight_bit(picture: Image.Image) -> Image.Image:
     return picture.convert("RGBA" if transparent else "RGB")
 
 
-def square(picture: Image.Image, size: int) -> Image.Image:
-    """RGB, size x size: the centre square, resized (colours weighted by alpha), then laid on white."""
+def crop(picture: Image.Image, size: Size) -> Image.Image:
+    """The largest part around the centre that has the aspect ratio of `size`."""
+    height, width = size
     w, h = picture.size
-    side = min(w, h)
-    left, top = (w - side) // 2, (h - side) // 2
-    centre = picture.crop((left, top, left + side, top + side))  # not resize's box, which mixes in what lies around it
-    small = centre.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    cut_w = min(w, max(1, round(h * width / height)))
+    cut_h = min(h, max(1, round(w * height / width)))
+    left, top = (w - cut_w) // 2, (h - cut_h) // 2
+    return picture.crop((left, top, left + cut_w, top + cut_h))  # not resize's box, which mixes in what lies around it
+
+
+def fit(picture: Image.Image, size: Size) -> Image.Image:
+    """RGB, of that height and width: the centre, resized (colours weighted by alpha), then laid on white."""
+    small = crop(picture, size).resize(size[::-1], Image.Resampling.LANCZOS, reducing_gap=3.0)
     if small.mode == "RGB":
         return small
     white = Image.new("RGBA", small.size, (255, 255, 255, 255))
