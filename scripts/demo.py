@@ -16,7 +16,8 @@ import PIL.Image
 from transfusion import checkpoint, load
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config
-from transfusion.data.documents import Corpus, build_corpus
+from transfusion.data.corpus import build_corpus
+from transfusion.data.documents import Corpus
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.generate import Engine
 from transfusion.metrics import duration, loss_plot

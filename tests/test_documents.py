@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 
 from transfusion.codec.codec import PIXELS
-from transfusion.data.documents import Captions, Corpus, DataConfig, build_corpus
+from transfusion.data.corpus import build_corpus
+from transfusion.data.documents import Captions, Corpus, DataConfig
 from transfusion.data.report import Report
 from transfusion.sequence import Format, Image, Special, Text
 from transfusion.tokenizer import load_tokenizer

@@ -13,7 +13,8 @@ import torch
 from test_documents import PATCH, SPECIAL, corpus_of
 
 from transfusion.codec.codec import PIXELS
-from transfusion.data.documents import Corpus, DataConfig, build_corpus
+from transfusion.data.corpus import build_corpus
+from transfusion.data.documents import Corpus, DataConfig
 from transfusion.data.loader import Packer, load_batches
 from transfusion.sequence import NONE, Batch, Format
 from transfusion.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ import PIL.Image
 
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
-from transfusion.data.documents import build_corpus
+from transfusion.data.corpus import build_corpus
 from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.run import EvalConfig, evaluate, table

@@ -21,7 +21,7 @@ from torch import Tensor
 from transfusion.chunk import Branch, Chunk, Span, chunk_of
 from transfusion.codec.codec import Codec
 from transfusion.data.documents import image_alone
-from transfusion.data.images import to_square
+from transfusion.data.images import to_pixels
 from transfusion.diffusion.guidance import branch_weights, guide, renormalised
 from transfusion.diffusion.objective import add_noise
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
@@ -150,7 +150,7 @@ class Engine:
 
     def fit(self, picture: PIL.Image.Image) -> np.ndarray:
         """uint8 [H, W, 3] of a picture at a size of the run's."""
-        return to_square(picture, self.config.data.image_size)
+        return to_pixels(picture, self.config.data.sizes)
 
     def segment(self, pixels: np.ndarray) -> Image | Codes:
         """An image uint8 [H, W, 3] as the model reads it."""
@@ -169,7 +169,7 @@ class Engine:
         """(rows, columns) of patches of a size in pixels; None: the run's, or None again where the model writes it."""
         if size is None and self.fmt.sides:
             return None
-        return self.codec.grid(size or (self.config.data.image_size,) * 2, self.fmt.patch_size)
+        return self.codec.grid(size or self.config.data.sizes[0], self.fmt.patch_size)
 
     def known(self, pixels: np.ndarray, new: np.ndarray) -> Known:
         """What stays of an image uint8 [H, W, 3] whose `new` pixels, bool [H, W], are to be drawn."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transfusion import checkpoint
 from transfusion import config as configs
 from transfusion.codec.load import load_codec
-from transfusion.data.documents import build_corpus
+from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.generate import Engine
 from transfusion.loss import draw_noise, losses

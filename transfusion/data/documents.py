@@ -3,6 +3,9 @@
     caption first (80 %)   <bos> caption [image] <eos>
        of which 10 %       <bos> [image]                        the caption is dropped, for guidance
     image first   (20 %)   <bos> [image] caption <eos>          the image's noise stays below the noise limit
+    images anywhere        <bos> text [image] text [image] ... <eos>      each text and image learned or given
+       of which 10 %       <bos> [image] [image]                the texts are dropped before a last image to draw,
+                10 %       <bos> [image]                        and the images with them, for guidance by both
     text                   <bos> a window of a work (<eos> where the work ends)
 
 Shares of Zhou et al. 2024, section 4.1; caption dropout is ours (the paper is silent). An image without its caption is
@@ -12,36 +15,35 @@ caption sees.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from transfusion.codec.codec import Codec
-from transfusion.data import latents as latent_cache
-from transfusion.data.images import ImageSet, load_images
-from transfusion.data.report import Report
-from transfusion.data.text import TextSet, load_text
+from transfusion.data.images import Size, parse_size
 from transfusion.sequence import Codes, Format, Image, Segment, Special, Text, image_length
-from transfusion.tokenizer import Tokenizer
 
 CONDITIONING = ("noised", "clean")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where documents come from. `images`: "emoji", "emoji:base", folders; `text`: "shakespeare", files, folders."""
+    """Where documents come from. `images`: "emoji", "emoji:base", folders; `text`: "shakespeare", files, folders;
+    `documents`: folders with a documents.jsonl, images anywhere."""
 
     images: tuple[str, ...] = ("emoji",)
     text: tuple[str, ...] = ("shakespeare",)
+    documents: tuple[str, ...] = ()
     tokenizer: str = ""  # path of a tokenizer.json; "" = the shipped one
     codec: str = "pixels"  # or a trained one, as `transfusion train-codec` leaves it
     factor: int = 0  # pixels a latent cell; 0 = the codec's
     latent_mean: tuple[float, ...] = ()  # of each channel; () = measured over the training images when a run begins
     latent_std: tuple[float, ...] = ()
     latent_cache: str = ""  # folder; "" = ~/.cache/transfusion/latents
-    image_size: int = 64
+    image_size: int = 64  # pixels a side
+    buckets: tuple[str, ...] = ()  # "48x80": the sizes that images take, each the closest; () = a square of image_size
     image_share: float = 0.5  # of all positions: 0.5 is the paper's 1:1
     caption_first: float = 0.8
     caption_dropout: float = 0.1
@@ -56,10 +58,16 @@ class DataConfig:
                 raise ValueError(f"data.{name} = {getattr(self, name)} is a share: give a number from 0 to 1")
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"data.conditioning = {self.conditioning!r}: choose one of {', '.join(CONDITIONING)}")
-        if self.image_share and not self.images:
+        if self.image_share and not self.images and not self.documents:
             raise ValueError("data.images is empty: name a folder of captioned images, or set data.image_share=0")
         if self.image_share < 1 and not self.text:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
+        assert all(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) of the images, in pixels."""
+        return tuple(map(parse_size, self.buckets)) or ((self.image_size, self.image_size),)
 
 
 def image_alone(special: Special, image: Image | Codes) -> list[Segment]:
@@ -95,6 +103,30 @@ class Captions:
         return len(self.ids)
 
 
+class Placed(NamedTuple):
+    """An image in a document: its number, and whether it is to be drawn or given."""
+
+    number: int
+    learn: bool
+
+
+class Document(NamedTuple):
+    segments: list[Text | Placed]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Interleaved:
+    """Documents with images anywhere, texts as token ids, and all their images."""
+
+    images: Sequence[np.ndarray]  # [H, W, 3] uint8 each
+    documents: dict[str, list[Document]]  # by split: train, held_out
+    latents: list[np.ndarray] | None = None  # as in Captions
+
+
+NOTHING = Interleaved([], {"train": [], "held_out": []})
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """All data of a run, in memory."""
@@ -105,6 +137,7 @@ class Corpus:
     captions: dict[str, Captions]  # by split: train, held_out_image, held_out_combination
     works: list[np.ndarray]  # token ids of each training text
     held_out_text: list[str]
+    interleaved: Interleaved = NOTHING
 
     @property
     def special(self) -> Special:
@@ -119,7 +152,7 @@ class Corpus:
     def image_document_length(self) -> float:
         """Mean positions of an image document."""
         train, copies = self.captions["train"], (1 - self.config.caption_first) * (self.config.conditioning == "clean")
-        lengths = []
+        lengths = [self.length(document.segments) for document in self.interleaved.documents["train"]]
         for image, ids in zip(train.images, train.ids):
             once, twice = (image_length(self.grid(image), self.fmt, copy) for copy in (False, True))
             lengths.append(2 + len(ids[0]) + once + copies * (twice - once))
@@ -129,18 +162,49 @@ class Corpus:
         """(rows, columns) of patches, or of codes, of an image [H, W, 3]."""
         return self.codec.grid(image.shape[:2], self.fmt.patch_size)
 
-    def image(self, captions: Captions, i: int, t_max: float = 1.0, copy: bool = False) -> Image | Codes:
-        """The i-th image as a segment."""
-        latents = captions.latents[i] if captions.latents else self.codec.encode(captions.images[i][None])[0]
-        return Codes(latents) if self.fmt.codes else Image(latents, t_max, copy)
+    def length(self, segments: Sequence[Text | Placed]) -> int:
+        """Positions of a document with images anywhere, <bos> and <eos> included."""
+        parts = self.written(segments)
+        return 2 + sum(
+            len(s.ids)
+            if isinstance(s, Text)
+            else image_length(self.grid(self.interleaved.images[s.number]), self.fmt, copy)
+            for s, _, copy in parts
+        )
+
+    def written(self, segments: Sequence[Text | Placed]) -> list[tuple[Text | Placed, float, bool]]:
+        """Each segment with, of an image, its t_max and whether it has a clean copy: what follows it decides."""
+        clean, result = self.config.conditioning == "clean", []
+        for i, s in enumerate(segments):
+            read = i + 1 < len(segments)  # by what follows
+            t_max = 0.0 if isinstance(s, Placed) and not s.learn else 1.0
+            if t_max and read and not clean:
+                t_max = self.config.noise_limit
+            result.append((s, t_max, bool(t_max) and read and clean))
+        return result
+
+    def image(self, of: Captions | Interleaved, i: int, t_max: float = 1.0, copy: bool = False) -> Image | Codes:
+        """The i-th image as a segment; with t_max 0 it is given, not learned."""
+        latents = of.latents[i] if of.latents else self.codec.encode(of.images[i][None])[0]
+        return Codes(latents, learn=t_max > 0) if self.fmt.codes else Image(latents, t_max, copy)
+
+    def document(self, segments: Sequence[Text | Placed]) -> list[Segment]:
+        """A document with images anywhere, without <bos> and <eos>."""
+        return [
+            s if isinstance(s, Text) else self.image(self.interleaved, s.number, t_max, copy)
+            for s, t_max, copy in self.written(segments)
+        ]
 
     def image_document(self, seed: int, k: int) -> list[Segment]:
-        """The k-th captioned image: every image once an epoch, in an order of the epoch's own."""
-        c, train = self.config, self.captions["train"]
-        epoch, i = divmod(k, len(train))
-        i = permutation(len(train), seed, 1, epoch)[i]
+        """The k-th document with images: every one once an epoch, in an order of the epoch's own."""
+        c, train, documents = self.config, self.captions["train"], self.interleaved.documents["train"]
+        n = len(train) + len(documents)
+        epoch, i = divmod(k, n)
+        i = permutation(n, seed, 1, epoch)[i]
         rng = np.random.default_rng((seed, 2, k))
         other, which, first, drop = rng.random(4)
+        if i >= len(train):
+            return self.interleaved_document(documents[i - len(train)].segments, drop)
         ids = train.ids[i]
         caption = ids[0]
         if len(ids) > 1 and other < c.other_captions:
@@ -153,6 +217,14 @@ class Corpus:
         return image_then_caption(
             self.special, caption, self.image(train, i, 1.0 if clean else c.noise_limit, copy=clean)
         )
+
+    def interleaved_document(self, segments: Sequence[Text | Placed], drop: float) -> list[Segment]:
+        """A document with images anywhere; `drop` in [0, 1) decides what is dropped before a last image to draw."""
+        images, p = [s for s in segments if isinstance(s, Placed)], self.config.caption_dropout
+        bos, eos = (Text(np.array([token])) for token in (self.special.bos, self.special.eos))
+        if segments[-1] not in images or not segments[-1].learn or drop >= p * min(len(images), 2):
+            return [bos, *self.document(segments), eos]
+        return [bos, *self.document(images if drop < p and len(images) > 1 else images[-1:])]
 
     def text_documents(self, seed: int, k: int, room: int, window: int = 0) -> list[list[Text]]:
         """The k-th window of the text, parted where a work ends, cut to `room` positions in all.
@@ -172,78 +244,3 @@ class Corpus:
                 documents.append([Text(np.concatenate([[self.special.bos], part]))])
                 room -= len(part) + 1
         return documents
-
-
-def build_corpus(
-    config: DataConfig, tokenizer: Tokenizer, codec: Codec, fmt: Format, seq_len: int
-) -> tuple[Corpus, dict[str, Report]]:
-    """(all data of a config, what was left out of each source and why); the corpus's config has the statistics."""
-    codec.grid(
-        (config.image_size, config.image_size), fmt.patch_size
-    )  # a wrong size is known before the images are read
-    reports: dict[str, Report] = {}
-    image_sets: list[ImageSet] = []
-    text_sets: list[TextSet] = []
-    for path in config.images:
-        images, reports[f"images {path}"] = load_images(path, config.image_size)
-        image_sets.append(images)
-    for path in config.text:
-        texts, reports[f"text {path}"] = load_text(path)
-        text_sets.append(texts)
-    captions: dict[str, Captions] = {}
-    for split in ("train", "held_out_image", "held_out_combination"):
-        pixels, names, texts, ids = [], [], [], []
-        for images in image_sets:
-            members = np.flatnonzero(images.split == split)
-            coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
-            for i in members:
-                of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
-                grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
-                room = seq_len - 2 - image_length(grid, fmt, config.conditioning == "clean")
-                fits = [j for j, c in enumerate(of_image) if len(c) <= room]
-                source = f"images {images.name}"
-                if not fits:
-                    too_long = f"caption and image longer than seq_len = {seq_len}"
-                    reports[source] = reports[source].skip(too_long, images.ids[i])
-                    continue
-                if len(fits) < len(of_image):
-                    reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
-                pixels.append(images.images[i])
-                names.append(images.ids[i])
-                texts.append([images.captions[i][j] for j in fits])
-                ids.append([of_image[j] for j in fits])
-        captions[split] = Captions(pixels, texts, ids, names)
-    if config.image_share and not len(captions["train"]):
-        grid = codec.grid((config.image_size, config.image_size), fmt.patch_size)
-        need = 2 + image_length(grid, fmt, config.conditioning == "clean")
-        raise ValueError(
-            f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
-            "train.seq_len or model.patch_size"
-        )
-    config, codec, captions = with_latents(config, codec, captions, fmt)
-    works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
-    held_out = [text for s in text_sets for text in s.held_out]
-    return Corpus(config, fmt, codec, captions, works, held_out), reports
-
-
-def with_latents(
-    config: DataConfig, codec: Codec, captions: dict[str, Captions], fmt: Format
-) -> tuple[DataConfig, Codec, dict[str, Captions]]:
-    """All images encoded, once: the config with the latents' statistics, the codec standardised by them, the captions
-    with latents, or with codes where the format says so. A codec that costs nothing encodes when it is asked to."""
-    if not codec.key:
-        return config, codec, captions
-    folder = Path(config.latent_cache).expanduser() if config.latent_cache else latent_cache.cache_folder()
-    raw = {split: latent_cache.encode(c.images, codec, folder) for split, c in captions.items()}
-    if fmt.codes:
-        return (
-            config,
-            codec,
-            {s: replace(c, latents=[codec.quantize(x[None])[0] for x in raw[s]]) for s, c in captions.items()},
-        )
-    if not config.latent_mean and raw["train"]:
-        mean, std = latent_cache.statistics(raw["train"])
-        config = replace(config, latent_mean=mean, latent_std=std)
-    mean, std = (np.float32(v)[:, None, None] for v in (config.latent_mean, config.latent_std))
-    captions = {s: replace(c, latents=[(x - mean) / std for x in raw[s]]) for s, c in captions.items()}
-    return config, codec.standardised(config.latent_mean, config.latent_std), captions

@@ -205,11 +205,6 @@ def to_pixels(picture: Image.Image, sizes: Sequence[Size]) -> np.ndarray:
     return np.asarray(fit(upright, bucket_of(*upright.size, sizes)))
 
 
-def to_square(picture: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3], as `to_pixels`."""
-    return to_pixels(picture, [(size, size)])
-
-
 def bucket_of(width: int, height: int, sizes: Sequence[Size]) -> Size:
     """The one of the sizes whose aspect ratio is closest on a log scale; of two equally close ones the earlier."""
 

@@ -1,0 +1,135 @@
+"""From a config to a corpus: sources are read, texts tokenised, images encoded; what fits into no row is reported."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from transfusion.codec.codec import Codec
+from transfusion.data import latents as latent_cache
+from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed
+from transfusion.data.images import ImageSet, load_images
+from transfusion.data.interleaved import DocumentSet, TextSegment, load_documents
+from transfusion.data.report import Report
+from transfusion.data.text import TextSet, load_text
+from transfusion.sequence import Format, Text, image_length
+from transfusion.tokenizer import Tokenizer
+
+
+def build_corpus(
+    config: DataConfig, tokenizer: Tokenizer, codec: Codec, fmt: Format, seq_len: int
+) -> tuple[Corpus, dict[str, Report]]:
+    """(all data of a config, what was left out of each source and why); the corpus's config has the statistics."""
+    grids = [
+        codec.grid(size, fmt.patch_size) for size in config.sizes
+    ]  # a wrong size is refused before images are read
+    reports: dict[str, Report] = {}
+    image_sets: list[ImageSet] = []
+    text_sets: list[TextSet] = []
+    document_sets: list[DocumentSet] = []
+    for path in config.images:
+        images, reports[f"images {path}"] = load_images(path, config.sizes)
+        image_sets.append(images)
+    for path in config.documents:
+        documents, reports[f"documents {path}"] = load_documents(path, config.sizes)
+        document_sets.append(documents)
+    for path in config.text:
+        texts, reports[f"text {path}"] = load_text(path)
+        text_sets.append(texts)
+    captions = {
+        split: captions_of(image_sets, split, config, tokenizer, codec, fmt, seq_len, reports)
+        for split in ("train", "held_out_image", "held_out_combination")
+    }
+    works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
+    held_out = [text for s in text_sets for text in s.held_out]
+    corpus = Corpus(config, fmt, codec, captions, works, held_out)
+    corpus = with_documents(corpus, document_sets, tokenizer, seq_len, reports)
+    if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
+        need = 2 + min(image_length(grid, fmt, config.conditioning == "clean") for grid in grids)
+        raise ValueError(
+            f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
+            "train.seq_len or model.patch_size"
+        )
+    return with_latents(corpus), reports
+
+
+def captions_of(
+    image_sets: list[ImageSet],
+    split: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    codec: Codec,
+    fmt: Format,
+    seq_len: int,
+    reports: dict[str, Report],
+) -> Captions:
+    """The captioned images of a split; what does not fit into a row goes into `reports`."""
+    pixels, names, texts, ids = [], [], [], []
+    for images in image_sets:
+        members = np.flatnonzero(images.split == split)
+        coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
+        for i in members:
+            of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
+            grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
+            room = seq_len - 2 - image_length(grid, fmt, config.conditioning == "clean")
+            fits = [j for j, c in enumerate(of_image) if len(c) <= room]
+            source = f"images {images.name}"
+            if not fits:
+                too_long = f"caption and image longer than seq_len = {seq_len}"
+                reports[source] = reports[source].skip(too_long, images.ids[i])
+                continue
+            if len(fits) < len(of_image):
+                reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
+            pixels.append(images.images[i])
+            names.append(images.ids[i])
+            texts.append([images.captions[i][j] for j in fits])
+            ids.append([of_image[j] for j in fits])
+    return Captions(pixels, texts, ids, names)
+
+
+def with_documents(
+    corpus: Corpus, sets: list[DocumentSet], tokenizer: Tokenizer, seq_len: int, reports: dict[str, Report]
+) -> Corpus:
+    """The corpus with documents that have images anywhere; what does not fit into a row goes into `reports`."""
+    number = {(s.name, name): i for i, (s, name) in enumerate((s, name) for s in sets for name in s.images)}
+    corpus = replace(corpus, interleaved=Interleaved([image for s in sets for image in s.images.values()], {}))
+    documents: dict[str, list[Document]] = {split: [] for split in NOTHING.documents}
+    for s in sets:
+        texts = [part.text for document in s.documents for part in document if isinstance(part, TextSegment)]
+        coded = iter(tokenizer.encode_many(texts))
+        for document, split, place, info in zip(s.documents, s.split, s.ids, s.info):
+            segments = [
+                Text(np.asarray(next(coded), np.int64), part.learn)
+                if isinstance(part, TextSegment)
+                else Placed(number[s.name, part.image], part.learn)
+                for part in document
+            ]
+            if corpus.length(segments) > seq_len:
+                source = f"documents {s.name}"
+                reports[source] = reports[source].skip(f"document longer than seq_len = {seq_len}", place)
+            else:
+                documents[str(split)].append(Document(segments, info))
+    return replace(corpus, interleaved=replace(corpus.interleaved, documents=documents))
+
+
+def with_latents(corpus: Corpus) -> Corpus:
+    """The corpus with all images encoded, once: as latents standardised by statistics that its config now holds, or as
+    codes where the format says so. A codec that costs nothing encodes when it is asked to."""
+    config, codec = corpus.config, corpus.codec
+    if not codec.key:
+        return corpus
+    folder = Path(config.latent_cache).expanduser() if config.latent_cache else latent_cache.cache_folder()
+    groups = {**corpus.captions, "interleaved": corpus.interleaved}
+    raw = {name: latent_cache.encode(group.images, codec, folder) for name, group in groups.items()}
+    if corpus.fmt.codes:
+        encoded = {name: [codec.quantize(x[None])[0] for x in latents] for name, latents in raw.items()}
+    else:
+        if not config.latent_mean:
+            mean, std = latent_cache.statistics(raw["train"] + raw["interleaved"])
+            config = replace(config, latent_mean=mean, latent_std=std)
+        mean, std = (np.float32(v)[:, None, None] for v in (config.latent_mean, config.latent_std))
+        encoded = {name: [(x - mean) / std for x in latents] for name, latents in raw.items()}
+        codec = codec.standardised(config.latent_mean, config.latent_std)
+    interleaved = replace(corpus.interleaved, latents=encoded.pop("interleaved"))
+    captions = {split: replace(c, latents=encoded[split]) for split, c in corpus.captions.items()}
+    return replace(corpus, config=config, codec=codec, captions=captions, interleaved=interleaved)
