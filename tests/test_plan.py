@@ -159,7 +159,7 @@ def kept_for_backward(config: RunConfig) -> int:
         {"dim": 128, "ffn_dim": 512},
         {"qk_norm": True, "n_kv_heads": 2},
         {"refine_width": 128},
-        UNET,
+        UNET | {"unet_width": 32},
     ],
 )
 def test_activations_are_about_what_autograd_keeps(sizes):
