@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion import train as loop
 from transfusion.data.documents import DataConfig
 from transfusion.data.loader import Packer
-from transfusion.model.mask import dense_mask
-from transfusion.model.transformer import ModelConfig, build_model
+from transfusion.model.transformer import ModelConfig, build_model, row_mask
 from transfusion.optim import build_optimizers, init_ema
 from transfusion.plan import count_flops, count_images, estimate_memory, patch_layers, plan
 from transfusion.run import RunConfig, TrainConfig
@@ -107,10 +106,10 @@ def test_flops_of_a_forward_pass_are_exactly_those_that_torch_counts(patches):
     fmt = Format(SPECIAL, m.patch_size)
     images = [Image(np.zeros((3, 16, 16), np.float32)) for _ in range(2)]
     b = collate([[lay_out([Text(np.arange(9, 15)), image], fmt)] for image in images], grid[0] ** 2 + 9, fmt)
-    model, mask = build_model(m), dense_mask(b.document, b.image)
-    arguments = (b.tokens, b.place, mask, b.patches, b.t_max, b.patch_image, b.grids, b.patch_at, b.text_at)
+    model = build_model(m)
+    arguments = (b.place, row_mask(b, model), b.patches, b.t_max, b.patch_image, b.grids, b.patch_at, b.text_at)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(*arguments)
+        model(b.tokens, *arguments)
     operations = counter.get_flop_counts()["Global"]
     operations.pop(torch.ops.aten.bmm)
     trunk = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2) * b.tokens.numel()
