@@ -414,7 +414,7 @@ def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet(option
         ({"image_positions": "spiral"}, "image_positions = 'spiral': choose one of raster, axial"),
         ({"refine_width": 8, "patch_size": 3}, "refine_width = 8, patch_size = 3: set refine_width=0"),
         ({"refine_width": -1}, "refine_width = -1"),
-        ({"patches": "mlp"}, "patches = 'mlp': choose one of linear, unet"),
+        ({"patches": "spiral"}, "patches = 'spiral': choose one of linear, unet"),
         ({"patches": "unet", "patch_size": 16}, "patch_size = 16: .* set patch_size to one of 2, 4, 8, or patches="),
         ({"patches": "unet", "unet_width": 0}, "unet_width = 0, unet_blocks = 2: at least 1"),
         ({"patches": "unet", "unet_blocks": 0}, "unet_width = 64, unet_blocks = 0: at least 1"),
