@@ -26,13 +26,13 @@ seeds = st.integers(0, 2**32 - 1)
 formats = st.sampled_from(list(FORMATS.values()))
 
 
-def document(rng: np.random.Generator, parts: Parts) -> list[Text | Image]:
-    """A document of these parts, its tokens and latents drawn from rng."""
+def document(rng: np.random.Generator, parts: Parts, k: int = PATCH_SIZE) -> list[Text | Image]:
+    """A document of these parts, its tokens and latents drawn from rng; patches of k x k latents."""
 
     def segment(part):
         if isinstance(part, int):
             return Text(rng.integers(6, VOCAB, part))
-        h, w = (PATCH_SIZE * side for side in part[:2])
+        h, w = (k * side for side in part[:2])
         latents, t_max = rng.standard_normal((CHANNELS, h, w), np.float32), float(rng.choice([0.5, 1.0]))
         return Image(latents, 0.0 if "given" in part else t_max, copy="copy" in part)
 
@@ -42,5 +42,5 @@ def document(rng: np.random.Generator, parts: Parts) -> list[Text | Image]:
 def packed(seed: int, rows: list[list[Parts]], fmt: Format = FORMATS["raster"], seq_len: int = 0) -> Batch:
     """The batch of these documents; seq_len 0 = the longest row."""
     rng = np.random.default_rng(seed)
-    sequences = [[lay_out(document(rng, parts), fmt) for parts in row] for row in rows]
+    sequences = [[lay_out(document(rng, parts, fmt.patch_size), fmt) for parts in row] for row in rows]
     return collate(sequences, seq_len or max(1, *(sum(map(len, row)) for row in sequences)), fmt)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.cli import main
+from transfusion.codec.codec import PIXELS, patch_grid
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config
 from transfusion.model.transformer import build_model, parameter_counts
@@ -14,26 +15,29 @@ from transfusion.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.toml"))
-PAPER = {  # layers, width, heads; millions of parameters: the trunk, all with 32,000 tokens and an untied head
-    "paper-0.16b": (16, 768, 12, 113.3, 162.4),
-    "paper-0.37b": (24, 1024, 16, 308.3, 373.9),
-    "paper-0.76b": (24, 1536, 24, 679.6, 777.9),
-    "paper-1.4b": (24, 2048, 16, 1233, 1364),
-    "paper-7b": (32, 4096, 32, 6476, 6738),
+PAPER = {  # layers, width, heads; millions of parameters: the trunk, all with linear patches, 32,000 tokens, own head
+    "0.16b": (16, 768, 12, 113.3, 162.4),
+    "0.37b": (24, 1024, 16, 308.3, 373.9),
+    "0.76b": (24, 1536, 24, 679.6, 777.9),
+    "1.4b": (24, 2048, 16, 1233, 1364),
+    "7b": (32, 4096, 32, 6476, 6738),
 }
+UNET = 270  # millions of parameters of the U-Net, at every size
+KL = replace(PIXELS, name="codecs/kl-f8", channels=8, factor=8)  # stands for the paper's autoencoder, which is not here
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
 def load(path: Path) -> RunConfig:
-    """The config, its vocabulary filled in."""
+    """The config, with what follows from tokenizer and codec filled in."""
     config, tokenizer = load_config(RunConfig, path), load_tokenizer()
-    codec = load_codec(config.data.codec)
+    codec = KL if config.data.codec == KL.name else load_codec(config.data.codec)
     return resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
 
 
 def test_there_are_configs_to_test():
-    assert {"demo", "emoji", *PAPER} <= {path.stem for path in CONFIGS}
+    papers = {f"paper-{size}-{patches}" for size in PAPER for patches in ("linear", "unet")}
+    assert {"demo", "emoji", *papers} <= {path.stem for path in CONFIGS}
 
 
 @each_config
@@ -55,23 +59,54 @@ def test_a_shipped_config_is_planned(path, capsys):
 @each_config
 def test_an_image_of_a_shipped_config_fits_into_its_rows(path):
     config = load(path)
-    side, rest = divmod(config.data.image_size, config.model.patch_size)
-    assert rest == 0
-    assert side**2 + 4 <= config.train.seq_len  # <bos> <boi> ... <eoi> <eos>
+    rows, columns = patch_grid((config.data.image_size,) * 2, config.data.factor, config.model.patch_size)
+    assert rows * columns + 4 <= config.train.seq_len  # <bos> <boi> ... <eoi> <eos>
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_a_paper_config_has_the_sizes_of_the_papers_table(name):
-    config = load_config(RunConfig, FOLDER / f"{name}.toml")
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+@pytest.mark.parametrize("size", PAPER)
+def test_a_paper_config_has_the_sizes_of_the_papers_table(size, patches):
+    config = load(FOLDER / f"paper-{size}-{patches}.toml")
     model, train = config.model, config.train
-    n_layers, dim, n_heads, trunk, total = PAPER[name]
+    n_layers, dim, n_heads, trunk, total = PAPER[size]
     assert (model.n_layers, model.dim, model.n_heads, model.vocab_size) == (n_layers, dim, n_heads, 32_000)
-    latents = replace(model, channels=8, patch_size=2)  # the paper's; our 16 x 16 pixels are 768 numbers instead of 32
-    counts, on_pixels = (dict(parameter_counts(build_model(m, "meta"))) for m in (latents, model))
-    assert counts["trunk"] / 1e6 == pytest.approx(trunk, rel=1e-3)
-    assert sum(counts.values()) / 1e6 == pytest.approx(total, rel=0.01)
-    assert sum(on_pixels.values()) / 1e6 == pytest.approx(total, rel=0.015)
-    assert (config.data.image_size // model.patch_size) ** 2 == 256  # as 2 x 2 patches of a 32 x 32 latent
+    assert (model.patches, model.channels, model.patch_size) == (patches, 8, 2)
+    assert patch_grid((256, 256), config.data.factor, model.patch_size) == (16, 16)
+    counts = {name: n / 1e6 for name, n in parameter_counts(build_model(model, "meta"))}
+    assert counts["trunk"] == pytest.approx(trunk, rel=1e-3)
+    if patches == "linear":
+        assert sum(counts.values()) == pytest.approx(total, rel=0.01)
+    else:
+        assert counts["patches"] == pytest.approx(UNET, rel=0.05)
+        assert counts["text embedding and head"] == 2 * 32_000 * dim / 1e6
+    assert config.data.image_size == 256
     assert train.rows * train.seq_len == pytest.approx(2e6, rel=0.05)
     assert train.rows * train.seq_len * train.steps == pytest.approx(0.5e12, rel=0.05)
     assert train.seq_len % 128 == 0 and train.rows % train.accumulate == 0
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_the_two_configs_of_a_size_differ_in_their_patches_alone(size):
+    linear, unet = (load(FOLDER / f"paper-{size}-{patches}.toml") for patches in ("linear", "unet"))
+    width, blocks = unet.model.unet_width, unet.model.unet_blocks
+    assert unet == replace(linear, model=replace(linear.model, patches="unet", unet_width=width, unet_blocks=blocks))
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_a_paper_config_is_the_smallest_but_for_its_sizes_and_micro_batches(size):
+    config, first = (load(FOLDER / f"paper-{name}-linear.toml") for name in (size, "0.16b"))
+    sizes = {name: getattr(first.model, name) for name in ("dim", "n_layers", "n_heads")}
+    train = replace(config.train, accumulate=first.train.accumulate)
+    assert replace(config, model=replace(config.model, **sizes), train=train) == first
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_linear_patches_of_any_side_add_what_the_paper_prints(k):
+    shares = {"0.16b": 0.5, "0.37b": 0.4, "0.76b": 0.4, "1.4b": 0.4, "7b": 0.3}  # percent, of its 2 x 2 patches
+    for size, share in shares.items():
+        model = replace(load(FOLDER / f"paper-{size}-linear.toml").model, patch_size=k)
+        counts = dict(parameter_counts(build_model(model, "meta")))
+        dim, patch = model.dim, 8 * k * k
+        assert counts["patches"] == 2 * dim * patch + dim + patch + (257 + dim + 1) * dim  # each way, and the timestep
+        if k == 2:
+            assert round(100 * counts["patches"] / (sum(counts.values()) - counts["patches"]), 1) == share

@@ -122,7 +122,8 @@ def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, gui
 
 def slow_image(engine, document, random, text, image=1.0, size=(SIZE, SIZE), interval=(0.0, 1.0)) -> torch.Tensor:
     """[C, h, w] latents of the image that continues a document, drawn by whole passes."""
-    n, c = size[0] * size[1] // 4, engine.config
+    c, k = engine.config, engine.fmt.patch_size
+    n = size[0] * size[1] // k**2
     canvas = Image(np.zeros((3, *size), np.float32))
     images = [s for s in document if isinstance(s, Image)]
     before = [torch.from_numpy(lay_out([s], engine.fmt).patches) for s in images]
@@ -139,11 +140,11 @@ def slow_image(engine, document, random, text, image=1.0, size=(SIZE, SIZE), int
 
     schedule = SCHEDULES[c.diffusion.schedule]
     denoise = denoiser_from(predict, c.diffusion.prediction, schedule, 1.0, c.diffusion.data_variance)
-    z = torch.randn(n, PATCH_DIM, generator=random)
+    z = torch.randn(n, c.model.patch_dim, generator=random)
     times = timesteps(c.sample.steps)
     for t, t_next in pairwise(times):
         z = SOLVERS["ddim"](z, t.expand(n, 1), t_next.expand(n, 1), denoise, schedule, None)
-    return torch.from_numpy(unpatchify(z.numpy(), 2, *size).copy())
+    return torch.from_numpy(unpatchify(z.numpy(), k, *size).copy())
 
 
 def test_a_finished_image_is_cached_clean_before_the_text_goes_on():
@@ -266,7 +267,7 @@ def alike(a, b):
 
 @pytest.mark.parametrize("mode", ["draw", "text", "auto"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"], OPTIONS["unet"]], ids=["plain", "all", "unet"])
 def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, options):
     engine = engine_of(**options)
     settings = {"mode": mode, "guidance": guidance, "max_tokens": 9, "temperature": 0.7, "max_images": 2}

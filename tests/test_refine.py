@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from random_rows import CHANNELS
 
-from transfusion.model.refine import Refine, depth_to_space, space_to_depth
-from transfusion.sequence import patchify, unpatchify
+from transfusion.model.refine import Refine
+from transfusion.sequence import unpatchify
 
 K = 4
 GRIDS = ((2, 3), (1, 2), (2, 3))
@@ -24,18 +24,6 @@ def predictions(grids, seed=0):
     n = sum(r * c for r, c in grids)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, CHANNELS * K**2, generator=generator), torch.rand(len(grids), generator=generator)
-
-
-def test_space_to_depth_puts_two_by_two_latents_where_they_are_in_the_image():
-    image = torch.arange(CHANNELS * 8 * 12).reshape(CHANNELS, 8, 12)
-    folded = space_to_depth(torch.from_numpy(patchify(image.numpy(), K)), (2, 3), K)
-    assert folded.shape == (1, 4 * CHANNELS, 4, 6)
-    for y in range(4):
-        for x in range(6):
-            here = image[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
-            assert folded[0, :, y, x].tolist() == here.permute(1, 2, 0).flatten().tolist()
-    back = depth_to_space(folded, (2, 3), K)
-    assert torch.equal(torch.from_numpy(unpatchify(back.numpy(), K, 8, 12)), image)
 
 
 def test_it_is_what_plain_convolutions_of_the_image_give():

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from random_rows import CHANNELS, FORMATS, PATCH_DIM, PATCH_SIZE, SPECIAL, VOCAB, document, packed
+from random_rows import CHANNELS, FORMATS, PATCH_SIZE, SPECIAL, VOCAB, document, packed
 
 from transfusion.model.mask import allow, block_mask, dense_mask
 from transfusion.model.transformer import ModelConfig, Transfusion, build_model, parameter_counts
@@ -35,6 +35,17 @@ OPTIONS = {
         "time_scale": True,
         "refine_width": 4,
     },
+    "unet": {"patches": "unet", "unet_width": 4},
+    "unet of two stages, all": {
+        "patches": "unet",
+        "unet_width": 4,
+        "unet_blocks": 1,
+        "patch_size": 4,
+        "n_kv_heads": 1,
+        "qk_norm": True,
+        "image_positions": "axial",
+        "patch_positions": True,
+    },
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -56,9 +67,14 @@ def random_model(device="cpu", **options):
     return model.to(device)
 
 
+def format_of(options):
+    fmt = FORMATS[options.get("image_positions", "raster")]
+    return replace(fmt, patch_size=options.get("patch_size", PATCH_SIZE))
+
+
 def row(options, documents=DOCUMENTS, padding=2):
     """One row of documents, and noise levels and noisy patches for it."""
-    fmt = FORMATS[options.get("image_positions", "raster")]
+    fmt = format_of(options)
     b = packed(0, [documents], fmt)
     b = packed(0, [documents], fmt, seq_len=b.tokens.shape[1] + padding)
     generator = torch.Generator().manual_seed(1)
@@ -210,10 +226,10 @@ def test_patches_of_one_image_that_look_the_same_are_told_apart_by_their_place()
 @options
 def test_a_packed_document_has_the_outputs_that_it_has_alone(options):
     model = random_model(**options)
-    fmt = FORMATS[options.get("image_positions", "raster")]
+    fmt = format_of(options)
     rows = [DOCUMENTS, [[4], [1, (3, 2), 1]], [[(2, 2)], [(1, 1), 1, (2, 3), 3]]]
     rng = np.random.default_rng(0)
-    sequences = [[lay_out(document(rng, parts), fmt) for parts in row] for row in rows]
+    sequences = [[lay_out(document(rng, parts, fmt.patch_size), fmt) for parts in row] for row in rows]
     b = collate(sequences, 40, fmt)
     z, t = torch.from_numpy(rng.standard_normal(b.patches.shape, np.float32)), torch.linspace(0.1, 1, len(b.grids))
     logits, p = outputs(model, b, z, t)
@@ -281,9 +297,9 @@ CUTS = {
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_the_cache_gives_what_the_whole_sequence_gives(options, cuts):
     model = random_model(**options)
-    fmt = FORMATS[options.get("image_positions", "raster")]
-    s = lay_out(document(np.random.default_rng(0), IN_CACHE), fmt)
-    z, t = torch.randn(len(s.patches), PATCH_DIM, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.7])
+    fmt = format_of(options)
+    s = lay_out(document(np.random.default_rng(0), IN_CACHE, fmt.patch_size), fmt)
+    z, t = torch.randn(s.patches.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.7])
     logits, p = outputs(model, collate([[s]], len(s), fmt), z, t)
     cache = model.new_cache(3, len(s) + 4, torch.float32)
     cached_logits, cached_p = [], []
@@ -298,8 +314,10 @@ def test_the_cache_gives_what_the_whole_sequence_gives(options, cuts):
 @options
 def test_sequences_of_different_lengths_share_a_cache(options):
     model = random_model(**options)
-    fmt, rng = FORMATS[options.get("image_positions", "raster")], np.random.default_rng(0)
-    sequences = [lay_out(document(rng, parts), fmt) for parts in ([2, (3, 3)], [7, (1, 2)], [1, (2, 2)])]
+    fmt, rng = format_of(options), np.random.default_rng(0)
+    sequences = [
+        lay_out(document(rng, parts, fmt.patch_size), fmt) for parts in ([2, (3, 3)], [7, (1, 2)], [1, (2, 2)])
+    ]
     z = [torch.from_numpy(s.patches) for s in sequences]
     t = [torch.tensor([level]) for level in (0.2, 0.5, 0.9)]
     cache = model.new_cache(3, 32, torch.float32)
@@ -396,6 +414,12 @@ def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet(option
         ({"image_positions": "spiral"}, "image_positions = 'spiral': choose one of raster, axial"),
         ({"refine_width": 8, "patch_size": 3}, "refine_width = 8, patch_size = 3: set refine_width=0"),
         ({"refine_width": -1}, "refine_width = -1"),
+        ({"patches": "spiral"}, "patches = 'spiral': choose one of linear, unet"),
+        ({"patches": "unet", "patch_size": 16}, "patch_size = 16: .* set patch_size to one of 2, 4, 8, or patches="),
+        ({"patches": "unet", "unet_width": 0}, "unet_width = 0, unet_blocks = 2: at least 1"),
+        ({"patches": "unet", "unet_blocks": 0}, "unet_width = 64, unet_blocks = 0: at least 1"),
+        ({"patches": "unet", "time_scale": True}, "set time_scale=false, refine_width=0"),
+        ({"patches": "unet", "refine_width": 4}, "set time_scale=false, refine_width=0"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):

@@ -163,8 +163,9 @@ def run_eval(args):
 
 def run_plan(args):
     config = load_config(RunConfig, args.config, args.overrides)
-    tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec)
-    config = resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
+    if not (config.model.vocab_size and config.model.channels and config.data.factor):  # else the config says it all
+        tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec)
+        config = resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
     print(to_toml(config) + "\n" + plan(config))
 
 

@@ -1,37 +1,75 @@
 """What a run will need, from its config alone: nothing is read but the config, nothing is run.
 
 FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
-                   6 * patch layers * patches  +  6 * convolutions * places                   (forward 2, backward 4;
+                   3 * patch layers of an image, forward * images                             (forward 2, backward 4;
                    keys seen by a position: at most L / 2 for text, exactly known only once the rows are packed)
 memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
+
+Patch layers are counted by torch itself, in a pass on the meta device, where tensors have shapes and no numbers: so the
+count is right for whatever stands in PATCHES, convolutions and all.
 """
 
 import math
 
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
 from transfusion.codec.codec import patch_grid
-from transfusion.model.refine import FACTOR
-from transfusion.model.transformer import build_model, parameter_counts
+from transfusion.model.fold import Grids
+from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
 from transfusion.run import RunConfig
 
 
-def count_patches(config: RunConfig) -> float:
-    """Patches of a step whose rows are filled to their last position; captions make it a little less."""
+def grid_of(config: RunConfig) -> tuple[int, int]:
+    """(rows, columns) of the patches of an image."""
     side = config.data.image_size
-    n = math.prod(patch_grid((side, side), config.data.factor, config.model.patch_size))  # of an image
-    return config.train.rows * config.train.seq_len * config.data.image_share * n / (n + 2)
+    return patch_grid((side, side), config.data.factor, config.model.patch_size)
+
+
+def count_images(config: RunConfig) -> float:
+    """Images of a step whose rows are filled to their last position; captions make it a little less."""
+    positions = math.prod(grid_of(config)) + 2  # <boi> patches <eoi>
+    return config.train.rows * config.train.seq_len * config.data.image_share / positions
+
+
+def patch_layers(config: ModelConfig, grids: Grids) -> tuple[dict[str, int], int]:
+    """(FLOPs of a forward pass of images through the patch layers, by part; numbers that autograd keeps of it)."""
+    model, n = build_model(config, "meta"), sum(rows * columns for rows, columns in grids)
+    own = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+    kept: dict[StorageWeakRef, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[StorageWeakRef(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor):
+        z, h, t = torch.empty(n, config.patch_dim), torch.empty(n, config.dim), torch.empty(len(grids))
+        image, grid = torch.empty(n, dtype=torch.long), torch.empty(n, 2)
+        with FlopCounterMode(display=False) as inp:
+            _, skips = model.patches.encode(z, t, image, grid, grids)
+        with FlopCounterMode(display=False) as out:
+            p = model.patches.decode(h, skips, t, grids)
+        with FlopCounterMode(display=False) as refine:
+            if model.refine is not None:
+                model.refine(p, t, grids)
+    parts = {"in": inp, "out": out, "refine": refine}
+    flops = {name: counter.get_total_flops() for name, counter in parts.items()}
+    return flops, sum(tensor.untyped_storage().nbytes() // 4 for ref, tensor in kept.items() if ref not in own)
 
 
 def count_flops(config: RunConfig) -> dict[str, float]:
     """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
-    m, c, patches = config.model, config.train, count_patches(config)
-    model = build_model(m, "meta")
-    parts, positions = dict(parameter_counts(model)), c.rows * c.seq_len
-    kernels = sum(p.numel() for p in model.refine.parameters() if p.ndim == 4) if model.refine is not None else 0
+    m, c, images, grid = config.model, config.train, count_images(config), grid_of(config)
+    parts, positions = dict(parameter_counts(build_model(m, "meta"))), c.rows * c.seq_len
+    flops, _ = patch_layers(m, (grid,))
     return {
         "trunk": 6.0 * parts["trunk"] * positions,
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
-        "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
-        "patch layers": 6.0 * (2 * m.dim * m.patch_dim + kernels * (m.patch_size // FACTOR) ** 2) * patches,
+        "text head": 6.0 * m.dim * m.vocab_size * (positions - math.prod(grid) * images),
+        "patch layers": 3.0 * sum(flops.values()) * images,
     }
 
 
@@ -44,15 +82,13 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     # result, and w1 x, its silu, w3 x and their product.
     kv_dim = m.kv_heads * m.head_dim
     layer = 32 * m.dim + 4 * kv_dim + 8 * m.hidden_dim + (8 * (m.dim + kv_dim) if m.qk_norm else 0)
-    # Bytes a place of the convolutions, bf16: their inputs, and those of each silu.
-    refine = 8 * m.channels + 12 * m.refine_width if m.refine_width else 0
-    places = count_patches(config) / c.accumulate * (m.patch_size // FACTOR) ** 2
+    _, kept = patch_layers(m, (grid_of(config),))  # of an image, here in bf16
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
         "average": weights if config.optim.ema else 0.0,
-        "activations (about)": positions * m.n_layers * layer + places * refine,
+        "activations (about)": positions * m.n_layers * layer + 2.0 * kept * count_images(config) / c.accumulate,
         "logits (at most)": positions * m.vocab_size * 10.0,
     }
 

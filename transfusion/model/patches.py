@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from transfusion.model.fold import Grids
+
 N_FREQUENCIES = 128
 
 
@@ -20,6 +22,11 @@ def sinusoid(x: Tensor, n: int) -> Tensor:
     frequency = torch.exp(-math.log(10000.0) * torch.arange(n, device=x.device) / n)
     angle = x.float()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def where(grid: Tensor, dim: int) -> Tensor:
+    """[N, dim] sinusoids of row and column, grid [N, 2]."""
+    return sinusoid(grid, dim // 4).flatten(-2)
 
 
 class LinearPatches(nn.Module):
@@ -34,18 +41,19 @@ class LinearPatches(nn.Module):
         self.scale = nn.Linear(dim, dim) if time_scale else None
         self.out = nn.Linear(dim, patch_dim)
 
-    def encode(self, z: Tensor, t: Tensor, patch_image: Tensor, grid: Tensor) -> Tensor:
-        """[N, D] embeddings of noisy patches z [N, P]; t [I] in [0, 1] of each image, grid [N, 2] of row and column."""
+    def encode(self, z: Tensor, t: Tensor, patch_image: Tensor, grid: Tensor, grids: Grids) -> tuple[Tensor, None]:
+        """([N, D] embeddings of noisy patches z [N, P], no skips); t [I] in [0, 1] and grids [I] (rows, columns) of
+        each image, patch_image [N] and grid [N, 2] the image, row and column of each patch."""
         c = nn.functional.silu(self.time1(sinusoid(1000 * t, N_FREQUENCIES)))  # [I, D]
         h = self.inp(z)
         if self.scale is not None:
             h = h * (1 + self.scale(c)[patch_image])
         h = h + self.time2(c)[patch_image]
         if self.positions:
-            h = h + sinusoid(grid, h.shape[-1] // 4).flatten(-2).to(h.dtype)
-        return h
+            h = h + where(grid, h.shape[-1]).to(h.dtype)
+        return h, None
 
-    def decode(self, h: Tensor) -> Tensor:
+    def decode(self, h: Tensor, skips: None, t: Tensor, grids: Grids) -> Tensor:
         """[N, P] predictions of hidden states [N, D]."""
         return self.out(h)
 

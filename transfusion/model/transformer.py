@@ -1,6 +1,6 @@
 """The transformer: a Llama trunk (pre-RMSNorm, RoPE, SwiGLU, no biases, untied head) that text and patches share.
 
-    h = embed(tokens), with patches.encode(z, t) at the patch positions
+    h = embed(tokens), with patches.encode(z, t) at the patch positions            (linear, or half a U-Net)
     h = h + attention(norm(h));  h = h + w2(silu(w1 x) * w3 x), x = norm(h)         for each layer
     logits = output(norm(h)) at the text positions asked for;  predictions = patches.decode(norm(h)) at the patches
 
@@ -20,6 +20,7 @@ from transfusion.model.cache import Cache, LayerCache
 from transfusion.model.patches import LinearPatches
 from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import angles, rotate
+from transfusion.model.unet import STAGES, UNetPatches
 from transfusion.sequence import Batch, check_image_positions
 
 
@@ -44,6 +45,9 @@ class ModelConfig:
     patch_positions: bool = False  # add sinusoids of row and column to every patch
     time_scale: bool = False  # the noise level also scales every patch
     refine_width: int = 0  # channels of the convolutions behind the linear read-out; 0 = none
+    patches: str = "linear"  # how they enter and leave, a key of PATCHES
+    unet_width: int = 64  # of U-Net patches: channels of the first stage, each further one has twice as many
+    unet_blocks: int = 2  # of U-Net patches: residual blocks a stage, on the way down and on the way up
 
     def __post_init__(self):
         if self.n_heads < 1 or self.n_layers < 1:
@@ -57,6 +61,21 @@ class ModelConfig:
                 f"refine_width = {self.refine_width}, patch_size = {self.patch_size}: set refine_width=0 for none; "
                 "above 0 it wants an even patch_size"
             )
+        if self.patches not in PATCHES:
+            raise ValueError(f"patches = {self.patches!r}: choose one of {', '.join(PATCHES)}")
+        if self.patches == "unet":
+            if self.patch_size not in STAGES:
+                raise ValueError(
+                    f"patches = 'unet', patch_size = {self.patch_size}: each stage of a U-Net halves the image; set "
+                    f'patch_size to one of {", ".join(map(str, STAGES))}, or patches="linear"'
+                )
+            if self.unet_width < 1 or self.unet_blocks < 1:
+                raise ValueError(f"unet_width = {self.unet_width}, unet_blocks = {self.unet_blocks}: at least 1 each")
+            if self.time_scale or self.refine_width:
+                raise ValueError(
+                    f"patches = 'unet', time_scale = {self.time_scale}, refine_width = {self.refine_width}: a U-Net "
+                    "has blocks that do what these do for linear patches; set time_scale=false, refine_width=0"
+                )
         check_image_positions(self.image_positions)
 
     @property
@@ -74,6 +93,12 @@ class ModelConfig:
     @property
     def patch_dim(self) -> int:
         return self.channels * self.patch_size**2
+
+
+PATCHES = {  # what stands between noisy patches and the transformer, on both sides
+    "linear": lambda c: LinearPatches(c.dim, c.patch_dim, c.patch_positions, c.time_scale),
+    "unet": lambda c: UNetPatches(c.dim, c.channels, c.patch_size, c.unet_width, c.unet_blocks, c.patch_positions),
+}
 
 
 class Attention(nn.Module):
@@ -135,7 +160,7 @@ class Transfusion(nn.Module):
             )
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.patches = LinearPatches(config.dim, config.patch_dim, config.patch_positions, config.time_scale)
+        self.patches = PATCHES[config.patches](config)
         self.refine = Refine(config.patch_dim, config.patch_size, config.refine_width) if config.refine_width else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -156,17 +181,18 @@ class Transfusion(nn.Module):
         cache: list[LayerCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits [M, V], predictions [N, P])."""
-        h = self.tok_embeddings(tokens)  # [B, L, D]
+        h, skips = self.tok_embeddings(tokens), None  # [B, L, D]
         if len(z):
             grid = place.flatten(0, 1)[patch_at, 2:]
-            patches = self.patches.encode(z, t, patch_image, grid).to(h.dtype)
-            h = h.flatten(0, 1).index_copy(0, patch_at, patches).view_as(h)
+            patches, skips = self.patches.encode(z, t, patch_image, grid, grids)
+            h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
         cos, sin = angles(place, self.config.head_dim, self.config.rope_base)
         for i, layer in enumerate(self.layers):
             h = layer(h, cos, sin, mask, None if cache is None else cache[i])
         h = h.flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
-        logits, p = self.output(self.norm(h[text_at])), self.patches.decode(self.norm(h[patch_at]))
+        logits = self.output(self.norm(h[text_at]))
+        p = self.patches.decode(self.norm(h[patch_at]), skips, t, grids)
         if self.refine is not None and len(z):
             p = p + self.refine(p, t, grids)
         return logits, p
