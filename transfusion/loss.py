@@ -57,7 +57,7 @@ def noised(batch: Batch, noise: Noise, config: DiffusionConfig) -> Tensor:
 
 
 class Losses(NamedTuple):
-    lm: Tensor  # [] sum over text targets, nats
+    lm: Tensor  # [] sum over text targets, nats, z-loss included
     image: Tensor  # [] sum over images of the mean squared error in the loss space
 
 
@@ -73,7 +73,7 @@ def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: Diffusi
     return torch.zeros_like(noise.t).index_add(0, batch.patch_image, error) / n * (batch.t_max > 0)
 
 
-def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig) -> Losses:
+def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig, z_loss: float = 0.0) -> Losses:
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
     z = noised(batch, noise, config)
     logits, prediction = model(
@@ -88,4 +88,6 @@ def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConf
         batch.text_at,
     )
     lm = F.cross_entropy(logits.float(), batch.target, reduction="sum")
+    if z_loss:  # log^2 Z keeps the logits from drifting (PaLM, 2204.02311, section 5)
+        lm = lm + z_loss * logits.float().logsumexp(-1).square().sum()
     return Losses(lm, image_errors(prediction, batch, noise, config).sum())

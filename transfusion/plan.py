@@ -64,11 +64,12 @@ def count_flops(config: RunConfig) -> dict[str, float]:
     """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
     m, c, images, grid = config.model, config.train, count_images(config), grid_of(config)
     parts, positions = dict(parameter_counts(build_model(m, "meta"))), c.rows * c.seq_len
-    flops, _ = patch_layers(m, (grid,))
+    flops, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
+    patches = math.prod(grid) * images * (m.patches != "codes")  # codes are targets of the text head
     return {
         "trunk": 6.0 * parts["trunk"] * positions,
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
-        "text head": 6.0 * m.dim * m.vocab_size * (positions - math.prod(grid) * images),
+        "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
         "patch layers": 3.0 * sum(flops.values()) * images,
     }
 
@@ -82,7 +83,7 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     # result, and w1 x, its silu, w3 x and their product.
     kv_dim = m.kv_heads * m.head_dim
     layer = 32 * m.dim + 4 * kv_dim + 8 * m.hidden_dim + (8 * (m.dim + kv_dim) if m.qk_norm else 0)
-    _, kept = patch_layers(m, (grid_of(config),))  # of an image, here in bf16
+    _, kept = patch_layers(m, (grid_of(config),)) if m.patches != "codes" else ({}, 0)  # of an image, here in bf16
     return {
         "weights": weights,
         "gradients": weights,

@@ -33,6 +33,7 @@ class TrainConfig:
     seq_len: int = 256
     accumulate: int = 1
     image_weight: float = 5.0  # lambda
+    z_loss: float = 0.0  # weight of log^2 Z of the text head, which keeps its logits from drifting (Chameleon: 1e-5)
     precision: str = "auto"  # bf16 = autocast with fp32 master weights; auto = bf16 where the hardware multiplies it
     compile: bool = False  # torch.compile, block by block
     log_every: int = 10  # steps, as all that follow; 0 = never
@@ -105,7 +106,13 @@ class RunConfig:
 def format_of(config: RunConfig, special: Special, text_tokens: int, codec: Codec) -> Format:
     """How the run's sequences are written."""
     m = config.model
-    return Format(special, m.patch_size, m.image_positions, text_tokens, m.sides)
+    if m.patches == "codes" and not codec.codes:
+        raise ValueError(
+            f"model.patches = 'codes' wants a codec with a codebook, and {codec.name} has none: train one by "
+            "`transfusion train-codec configs/codec-emoji-vq.toml` and set data.codec to its run folder"
+        )
+    codes = codec.codes if m.patches == "codes" else 0
+    return Format(special, m.patch_size, m.image_positions, text_tokens, m.sides, codes)
 
 
 def codec_of(config: RunConfig, device: torch.device | str = "cpu") -> Codec:

@@ -13,7 +13,7 @@ import PIL.Image
 from transfusion.data.documents import Corpus, image_then_caption
 from transfusion.evals.config import EvalConfig, chosen
 from transfusion.evals.interval import wilson
-from transfusion.evals.score import text_nats
+from transfusion.evals.score import nats
 from transfusion.generate import Engine
 
 
@@ -26,7 +26,7 @@ def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Ite
     for split, numbers in chosen(corpus, config.n_captions, config.seed):
         captions, n = corpus.captions[split], len(numbers)
         documents = [image_then_caption(corpus.special, captions.ids[i][0], corpus.image(captions, i)) for i in numbers]
-        nats, n_tokens = text_nats(engine, documents, config.batch)
+        of_documents, n_tokens = nats(engine, documents, config.batch)
         # a caption that goes on for twice the longest is wrong already
         enough = 2 * max(len(captions.ids[i][0]) for i in numbers) + 1
         images = [PIL.Image.fromarray(captions.images[i]) for i in numbers]
@@ -34,7 +34,7 @@ def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Ite
         hits = sum(s in names[captions.images[i].tobytes()] for s, i in zip(said, numbers))
         low, high = wilson(hits, n)
         yield f"captions/{split}/n", n
-        yield f"captions/{split}/nats_per_token", nats / n_tokens
+        yield f"captions/{split}/nats_per_token", of_documents.sum() / n_tokens.sum()
         yield f"captions/{split}/exact_match", hits / n
         yield f"captions/{split}/exact_match_low", low
         yield f"captions/{split}/exact_match_high", high

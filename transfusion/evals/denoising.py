@@ -1,6 +1,7 @@
 """The diffusion loss on a fixed grid of t with fixed noise, and how much of it the caption explains.
 
     <bos> caption [image at t] <eos>       loss.image_errors, mean over the images, for each t
+    <bos> caption [codes] <eos>            nats a code, where images are written as codes
     conditioning gap = loss with the captions of other images - loss with the right ones, the noise being the same
 
 A model that does not read its caption has a gap of 0.
@@ -14,10 +15,10 @@ import torch
 from transfusion.data.documents import Corpus, caption_then_image
 from transfusion.evals.config import EvalConfig, chosen
 from transfusion.evals.interval import normal
-from transfusion.evals.score import batches, forward
+from transfusion.evals.score import batches, forward, is_code, nats
 from transfusion.generate import Engine
 from transfusion.loss import Noise, image_errors, noised
-from transfusion.sequence import Image, Text
+from transfusion.sequence import Segment
 
 
 def fixed_noise(shape: tuple[int, ...], *key: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def fixed_noise(shape: tuple[int, ...], *key: int) -> torch.Tensor:
 
 
 def denoising_errors(
-    engine: Engine, documents: list[list[Text | Image]], numbers: list[int], config: EvalConfig
+    engine: Engine, documents: list[list[Segment]], numbers: list[int], config: EvalConfig
 ) -> np.ndarray:
     """[times, images] diffusion loss of documents with one image each; an image's number decides its noise."""
     diffusion = engine.config.diffusion
@@ -45,6 +46,14 @@ def denoising_errors(
     return np.concatenate(columns, 1)
 
 
+def errors(engine: Engine, documents: list[list[Segment]], numbers: list[int], config: EvalConfig) -> np.ndarray:
+    """[times, images] the loss of each image; where images are codes, [1, images] nats a code."""
+    if not engine.fmt.codes:
+        return denoising_errors(engine, documents, numbers, config)
+    of_documents, n = nats(engine, documents, config.batch, is_code)
+    return (of_documents / n)[None]
+
+
 def derangement(n: int, seed: int) -> np.ndarray:
     """[n] a permutation of n > 1 things that leaves none in its place: a round through them in random order."""
     order = np.random.default_rng(seed).permutation(n)
@@ -60,16 +69,17 @@ def evaluate_denoising(engine: Engine, corpus: Corpus, config: EvalConfig) -> It
         images = [corpus.image(captions, i) for i in numbers]
         texts = [captions.ids[i][0] for i in numbers]
         documents = [caption_then_image(corpus.special, text, image) for text, image in zip(texts, images)]
-        right = denoising_errors(engine, documents, numbers, config)
+        right = errors(engine, documents, numbers, config)
         yield f"denoising/{split}/n", n
         yield f"denoising/{split}/loss", float(right.mean())
-        for t, of_images in zip(config.times, right):
-            yield f"denoising/{split}/t_{t:g}", float(of_images.mean())
+        if not engine.fmt.codes:
+            for t, of_images in zip(config.times, right):
+                yield f"denoising/{split}/t_{t:g}", float(of_images.mean())
         if n == 1:
             continue  # there is no other caption
         others = [texts[j] for j in derangement(n, config.seed)]
         documents = [caption_then_image(corpus.special, text, image) for text, image in zip(others, images)]
-        shuffled = denoising_errors(engine, documents, numbers, config)
+        shuffled = errors(engine, documents, numbers, config)
         low, high = normal((shuffled - right).mean(0).tolist())
         yield f"conditioning/{split}/right", float(right.mean())
         yield f"conditioning/{split}/shuffled", float(shuffled.mean())

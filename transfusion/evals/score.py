@@ -1,21 +1,23 @@
 """Whole documents through the engine's model, one a row, as in training but without noise of its own.
 
 nats    = - sum log p(token | all before it)        images on the way are clean, t = 0
-<boi>   is not counted: whether to draw is a decision, not text
+text    tokens of the tokenizer but <boi>: whether to draw, and how large, is a decision, not text
+codes   of images that are written as codes
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion.generate import Engine
 from transfusion.model.mask import dense_mask
-from transfusion.sequence import Batch, Image, Text, collate, lay_out
+from transfusion.sequence import Batch, Format, Segment, collate, lay_out
 
 
-def batches(engine: Engine, documents: Sequence[list[Text | Image]], size: int) -> Iterator[Batch]:
+def batches(engine: Engine, documents: Sequence[list[Segment]], size: int) -> Iterator[Batch]:
     """The documents in batches of `size` rows, each as long as its longest document, on the engine's device."""
     for start in range(0, len(documents), size):
         rows = [[lay_out(document, engine.fmt)] for document in documents[start : start + size]]
@@ -34,12 +36,28 @@ def forward(engine: Engine, batch: Batch, z: Tensor, t: Tensor) -> tuple[Tensor,
     return logits.float(), predictions.float()
 
 
-def text_nats(engine: Engine, documents: Sequence[list[Text | Image]], size: int) -> tuple[float, int]:
-    """(nats of all text targets, how many there are)."""
-    nats, n = 0.0, 0
+def is_text(target: Tensor, fmt: Format) -> Tensor:
+    return (target < fmt.text_tokens) & (target != fmt.special.boi)
+
+
+def is_code(target: Tensor, fmt: Format) -> Tensor:
+    return target >= fmt.first_code
+
+
+def nats(
+    engine: Engine,
+    documents: Sequence[list[Segment]],
+    size: int,
+    counted: Callable[[Tensor, Format], Tensor] = is_text,
+) -> tuple[np.ndarray, np.ndarray]:
+    """([documents] nats of the targets that are counted, [documents] how many there are), float64 and int."""
+    sums, numbers = [], []
     for batch in batches(engine, documents, size):
         logits, _ = forward(engine, batch, batch.patches, torch.zeros_like(batch.t_max))
-        is_text = batch.target != engine.fmt.special.boi
-        of_token = F.cross_entropy(logits, batch.target, reduction="none")[is_text]  # [M]
-        nats, n = nats + of_token.cpu().double().sum().item(), n + len(of_token)
-    return nats, n
+        counts = counted(batch.target, engine.fmt).double()  # [M]
+        of_token = F.cross_entropy(logits, batch.target, reduction="none").double() * counts
+        row = batch.text_at // batch.tokens.shape[1]
+        zeros = counts.new_zeros(len(batch.tokens))
+        sums.append(zeros.index_add(0, row, of_token).cpu().numpy())
+        numbers.append(zeros.index_add(0, row, counts).cpu().numpy())
+    return np.concatenate(sums), np.concatenate(numbers).astype(int)

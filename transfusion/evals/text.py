@@ -12,7 +12,7 @@ import numpy as np
 
 from transfusion.data.documents import Corpus
 from transfusion.evals.config import EvalConfig
-from transfusion.evals.score import text_nats
+from transfusion.evals.score import nats
 from transfusion.generate import Engine
 from transfusion.sequence import Text
 
@@ -33,7 +33,8 @@ def evaluate_text(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterato
     if not chosen:
         return
     bos = engine.fmt.special.bos
-    nats, n = text_nats(engine, [[Text(np.append(bos, ids))] for ids in chosen], config.batch)
+    of_windows, numbers = nats(engine, [[Text(np.append(bos, ids))] for ids in chosen], config.batch)
+    per_token, n = of_windows.sum() / numbers.sum(), int(numbers.sum())
     yield "text/held_out/tokens", n
-    yield "text/held_out/nats_per_token", nats / n
-    yield "text/held_out/bits_per_byte", nats / n / math.log(2) * n_tokens / n_bytes
+    yield "text/held_out/nats_per_token", per_token
+    yield "text/held_out/bits_per_byte", per_token / math.log(2) * n_tokens / n_bytes

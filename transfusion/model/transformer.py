@@ -45,7 +45,7 @@ class ModelConfig:
     patch_positions: bool = False  # add sinusoids of row and column to every patch
     time_scale: bool = False  # the noise level also scales every patch
     refine_width: int = 0  # channels of the convolutions behind the linear read-out; 0 = none
-    patches: str = "linear"  # how they enter and leave, a key of PATCHES
+    patches: str = "linear"  # how images enter and leave, a key of PATCHES; "codes": as tokens of the codec's codebook
     unet_width: int = 64  # of U-Net patches: channels of the first stage, each further one has twice as many
     unet_blocks: int = 2  # of U-Net patches: residual blocks a stage, on the way down and on the way up
 
@@ -63,6 +63,8 @@ class ModelConfig:
             )
         if self.patches not in PATCHES:
             raise ValueError(f"patches = {self.patches!r}: choose one of {', '.join(PATCHES)}")
+        if self.patches == "codes" and (self.patch_size > 1):
+            raise ValueError(f"patches = 'codes', patch_size = {self.patch_size}: a code is a cell; set patch_size=1")
         if self.patches == "unet":
             if self.patch_size not in STAGES:
                 raise ValueError(
@@ -97,6 +99,7 @@ class ModelConfig:
 
 PATCHES = {  # what stands between noisy patches and the transformer, on both sides
     "linear": lambda c: LinearPatches(c.dim, c.patch_dim, c.patch_positions, c.time_scale),
+    "codes": lambda c: None,
     "unet": lambda c: UNetPatches(c.dim, c.channels, c.patch_size, c.unet_width, c.unet_blocks, c.patch_positions),
 }
 
@@ -192,7 +195,7 @@ class Transfusion(nn.Module):
         h = h.flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
         logits = self.output(self.norm(h[text_at]))
-        p = self.patches.decode(self.norm(h[patch_at]), skips, t, grids)
+        p = z if self.patches is None else self.patches.decode(self.norm(h[patch_at]), skips, t, grids)
         if self.refine is not None and len(z):
             p = p + self.refine(p, t, grids)
         return logits, p
@@ -201,7 +204,8 @@ class Transfusion(nn.Module):
         """Normal(0, 0.02), the two layers that write to the residual stream scaled down by sqrt(2 n_layers) (GPT-2)."""
         nn.init.normal_(self.tok_embeddings.weight, std=0.02)
         nn.init.normal_(self.output.weight, std=0.02)
-        self.patches.init_weights()
+        if self.patches is not None:
+            self.patches.init_weights()
         for name, p in self.layers.named_parameters():
             if p.ndim == 1:
                 nn.init.ones_(p)
@@ -239,7 +243,7 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
     parts = {
         "trunk": [model.layers, model.norm],
         "text embedding and head": [model.tok_embeddings, model.output],
-        "patches": [model.patches] + [model.refine] * (model.refine is not None),
+        "patches": [m for m in (model.patches, model.refine) if m is not None],
     }
     for name, modules in parts.items():
         yield name, sum(p.numel() for m in modules for p in m.parameters())
