@@ -236,9 +236,7 @@ def sheet(images: Images, documents: Documents) -> Image.Image:
 
 
 def write(out: Path, maker: str, images: Images, documents: Documents) -> None:
-    """Everything into the empty folder `out`."""
-    if out.exists() and any(out.iterdir()):
-        raise SystemExit(f"{out} is not empty: remove it, or name another folder")
+    """Everything into the folder `out`."""
     for name, pixels in images.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         options.set_defaults(make=make)
     args = vars(parser.parse_args(argv))
     maker, make, out = (args.pop(name) for name in ("maker", "make", "out"))
+    if out.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty: remove it, or name another folder")
     images, documents = make(**args)
     write(out, maker, images, documents)
     print(f"{out}: {len(images)} images, {len(documents)} documents ({counts(documents)})")
