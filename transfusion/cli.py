@@ -1,4 +1,4 @@
-"""The command line: `transfusion train | generate | caption | eval | plan | tokenize | export`.
+"""The command line: `transfusion train | generate | caption | edit | inpaint | eval | plan | tokenize | export`.
 
 The user's mistakes are ValueErrors with their remedy: they end in one line and exit code 2, never in a traceback.
 """
@@ -14,23 +14,28 @@ import PIL.Image
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
 from transfusion.data.corpus import build_corpus
+from transfusion.data.images import parse_size
 from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
+from transfusion.generate import Answer
 from transfusion.plan import plan
 from transfusion.pretrained import load
 from transfusion.run import RunConfig, SampleConfig, format_of, resolved
 from transfusion.tokenizer import load_tokenizer, train_tokenizer
 from transfusion.train import train
 
+DRAWING = ("steps", "guidance", "solver")
 RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
 
 
 SAMPLING = {
     "steps": "of the solver: more is slower and finer",
     "solver": f"how noise becomes an image: {', '.join(SOLVERS)}",
-    "guidance": "how much an image follows its prompt; 1 = no guidance",
+    "guidance": "how much an image follows its text; 1 = no guidance",
+    "image_guidance": "how much an image follows those before it; 1 = no guidance",
+    "renormalise": "keep strong guidance from overdriving contrast",
     "temperature": "of text; 0 = always the likeliest token",
     "top_p": "pick tokens among the likeliest of this total probability",
     "top_k": "pick tokens among so many likeliest; 0 = all",
@@ -67,9 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         for field in fields(SampleConfig):
             if field.name in names:
                 flag = "--" + field.name.replace("_", "-")
-                p.add_argument(
-                    flag, dest=field.name, type=field.type, help=f"{SAMPLING[field.name]}; default: the run's own"
-                )
+                kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+                p.add_argument(flag, dest=field.name, **kind, help=f"{SAMPLING[field.name]}; default: the run's own")
         p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")
 
     p = command("train", run_train, "Train a model, or go on training one.")
@@ -83,12 +87,30 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--mode", choices=("draw", "text", "auto"), default="draw", help="draw an image (default), write text, or both"
     )
-    with_sampling(p, "steps", "guidance", "solver", "temperature", "top_p", "top_k", "max_tokens", "batch")
+    p.add_argument(
+        "--size", type=parse_size, help='of the drawings, height x width, e.g. "48x80"; default: the run\'s own'
+    )
+    with_sampling(p, *DRAWING, "temperature", "top_p", "top_k", "max_tokens", "batch")
 
     p = command("caption", run_caption, "Say what is on each image.")
     with_model(p)
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture file: PNG, JPEG, WebP, ...")
     with_sampling(p, "temperature", "max_tokens", "batch")
+
+    p = command("edit", run_edit, "Draw an image anew as an instruction says, by a model that has learned to edit.")
+    with_model(p)
+    p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
+    p.add_argument("instructions", nargs="+", metavar="INSTRUCTION", help='e.g. "make it green"; one drawing each')
+    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+    with_sampling(p, *DRAWING, "image_guidance", "renormalise")
+
+    p = command("inpaint", run_inpaint, "Draw the part of an image anew that a mask shows in white; the rest stays.")
+    with_model(p)
+    p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
+    p.add_argument("mask", type=Path, metavar="MASK", help="a picture file: white = draw anew, black = keep")
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the whole image shows; one drawing each")
+    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+    with_sampling(p, *DRAWING)
 
     p = command("eval", run_eval, "Measure a model on its data: text, captions, diffusion, drawings.")
     with_model(p)
@@ -126,17 +148,34 @@ def run_train(args):
 
 def run_generate(args):
     engine = load(args.model, args.device)
-    answers = engine.generate(args.prompts, mode=args.mode, seed=args.seed, **sampling_of(args))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for prompt, answer in zip(args.prompts, answers):
+    answers = engine.generate(args.prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
+    show(args.prompts, answers, args.out)
+
+
+def run_edit(args):
+    image, engine = open_image(args.image), load(args.model, args.device)
+    drawn = engine.edit([image] * len(args.instructions), args.instructions, seed=args.seed, **sampling_of(args))
+    show(args.instructions, [[one] for one in drawn], args.out)
+
+
+def run_inpaint(args):
+    image, mask, n = open_image(args.image), open_image(args.mask), len(args.prompts)
+    engine = load(args.model, args.device)
+    drawn = engine.inpaint([image] * n, [mask] * n, args.prompts, seed=args.seed, **sampling_of(args))
+    show(args.prompts, [[one] for one in drawn], args.out)
+
+
+def show(prompts: list[str], answers: list[Answer], folder: Path):
+    """Prints what was written and saves what was drawn for each prompt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for prompt, answer in zip(prompts, answers):
         print(f"{prompt}:")
         for part in answer:
-            if isinstance(part, str):
-                print(f"  {part}")
-            else:
-                path = free_name(args.out, prompt)
+            if not isinstance(part, str):
+                path = free_name(folder, prompt)
                 part.save(path)
-                print(f"  {path}")
+                part = path
+            print(f"  {part}")
 
 
 def run_caption(args):

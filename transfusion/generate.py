@@ -83,7 +83,7 @@ class Engine:
             raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
         documents = [self.open(p) for p in prompts]
         grids = [self.grid(size)] * len(documents)
-        answers = self.complete(documents, mode, seed, replace(self.config.sample, **options), grids)
+        answers = self.complete(documents, mode, seed, self.sampling(**options), grids)
         return [self.read(segments) for segments in answers]
 
     def draw(self, captions: Seq[str], **options) -> list[PIL.Image.Image]:
@@ -105,7 +105,7 @@ class Engine:
         same_number(images=images, instructions=instructions)
         documents = [self.open([image, text]) for image, text in zip(images, instructions)]
         grids = [self.codec.grid(self.fit(image).shape[:2], self.fmt.patch_size) for image in images]
-        answers = self.complete(documents, "draw", seed, replace(self.config.sample, **options), grids)
+        answers = self.complete(documents, "draw", seed, self.sampling(**options), grids)
         return [self.read(answer)[0] for answer in answers]
 
     def inpaint(
@@ -129,8 +129,8 @@ class Engine:
         new = [self.fit(mask.convert("L").point(lambda v: 255 * (v >= 128)))[..., 0] >= 128 for mask in masks]
         known = [self.known(*pair) for pair in zip(pictures, new, strict=True)]
         grids = [self.codec.grid(picture.shape[:2], self.fmt.patch_size) for picture in pictures]
-        sampling = replace(self.config.sample, **options)
-        answers = self.complete([self.open(c) for c in captions], "draw", seed, sampling, grids, known)
+        documents = [self.open(c) for c in captions]
+        answers = self.complete(documents, "draw", seed, self.sampling(**options), grids, known)
         drawn = [np.asarray(self.read(answer)[0]) for answer in answers]
         return [PIL.Image.fromarray(np.where(m[..., None], d, p)) for m, d, p in zip(new, drawn, pictures)]
 
@@ -147,6 +147,10 @@ class Engine:
             else:
                 raise ValueError(f"a prompt is made of str and PIL images, not {type(part).__name__}")
         return document
+
+    def sampling(self, **options) -> SampleConfig:
+        """How the run samples, with these fields in place of its own."""
+        return replace(self.config.sample, **options)
 
     def fit(self, picture: PIL.Image.Image) -> np.ndarray:
         """uint8 [H, W, 3] of a picture at a size of the run's."""

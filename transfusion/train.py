@@ -21,6 +21,8 @@ from transfusion import config as configs
 from transfusion.codec.load import load_codec
 from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches
+from transfusion.evals.config import EvalConfig
+from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.generate import Engine
 from transfusion.loss import draw_noise, losses
 from transfusion.metrics import Run, open_metrics
@@ -215,14 +217,19 @@ def match_steps(config: RunConfig, state: dict) -> RunConfig:
 
 def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path: Path):
     """A sheet of the same captions each time, drawn from the same noise, the real images beside them."""
-    captions = corpus.captions["train"]
-    if not len(captions):
+    engine, captions = Engine(model, tokenizer, config, corpus.codec), corpus.captions["train"]
+    documents = edits(corpus).get("train", [])
+    few = lambda items: items[:: max(1, len(items) // SAMPLED)][:SAMPLED]  # noqa: E731
+    if len(captions):
+        chosen = few(range(len(captions)))
+        texts = [captions.texts[i][0] for i in chosen]
+        items = [(t, [d, captions.images[i]]) for t, d, i in zip(texts, engine.draw(texts), chosen)]
+    elif documents:
+        items = sheet_items(engine, corpus, few(documents), draw_last(engine, corpus, few(documents), EvalConfig()))
+    else:
         return  # a run on text alone has nothing to draw
-    chosen = range(0, len(captions), max(1, len(captions) // SAMPLED))[:SAMPLED]
-    texts = [captions.texts[i][0] for i in chosen]
-    drawn = Engine(model, tokenizer, config, corpus.codec).draw(texts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([(t, [d, captions.images[i]]) for t, d, i in zip(texts, drawn, chosen)]).save(path)
+    contact_sheet(items).save(path)
 
 
 def every(interval: int, step: int) -> bool:

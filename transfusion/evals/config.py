@@ -16,18 +16,20 @@ class EvalConfig:
 
     n_captions: int = 200  # captioned and drawn
     n_images: int = 200  # denoised
+    n_edits: int = 100  # of documents that end with an image to draw
     text_windows: int = 64  # of the run's seq_len, spread evenly over the held-out text
     times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # t of the diffusion loss
-    steps: int | None = None  # of the solver, as the next two: None = the run's own
+    steps: int | None = None  # of the solver, as the next three: None = the run's own
     solver: str | None = None
     guidance: float | None = None
+    image_guidance: float | None = None
     features: str = ""  # EfficientNet-Lite0 weights for draw accuracy in features: a path, or "installed"; "" = none
     sheets: str = ""  # folder for sheets of what was drawn; "" = none
     batch: int = 32  # documents at once
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("n_captions", "n_images", "text_windows"):
+        for name in ("n_captions", "n_images", "n_edits", "text_windows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: give how many to look at, 0 for none")
         if self.batch < 1:
@@ -38,8 +40,8 @@ class EvalConfig:
     @property
     def sampling(self) -> dict:
         """The fields of SampleConfig that are set here."""
-        given = {"steps": self.steps, "solver": self.solver, "guidance": self.guidance, "batch": self.batch}
-        return {name: value for name, value in given.items() if value is not None}
+        names = ("steps", "solver", "guidance", "image_guidance", "batch")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def chosen(corpus: Corpus, n: int, seed: int) -> Iterator[tuple[str, list[int]]]:

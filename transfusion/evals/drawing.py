@@ -8,14 +8,16 @@ is a rank below k. Chance is what a random order of the real images gives.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from transfusion.data.documents import Corpus
+from transfusion.data.images import Size
 from transfusion.evals.config import SPLITS, EvalConfig, chosen
 from transfusion.evals.features import efficientnet
 from transfusion.evals.interval import wilson
@@ -26,10 +28,9 @@ TOP = (1, 5)
 CHUNK = 512  # real images at once, to bound the memory
 
 
-def draw(engine: Engine, texts: list[str], config: EvalConfig) -> np.ndarray:
-    """[n, S, S, 3] uint8 drawings of the texts, the i-th from seed + i."""
-    images = engine.draw(texts, seed=config.seed, **config.sampling)
-    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+def draw(engine: Engine, texts: list[str], config: EvalConfig) -> list[np.ndarray]:
+    """[H, W, 3] uint8 drawings of the texts, the i-th from seed + i."""
+    return [np.asarray(image) for image in engine.draw(texts, seed=config.seed, **config.sampling)]
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -72,9 +73,19 @@ def chance(right: np.ndarray, k: int) -> float:
     return float(np.mean([1 - math.comb(m - int(r), k) / math.comb(m, k) for r in right.sum(1)]))
 
 
+def of_one_size(images: Sequence[np.ndarray], size: Size) -> np.ndarray:
+    """[n, h, w, 3] uint8: images [H, W, 3] of several sizes stretched to one."""
+    stretched = (i if i.shape[:2] == size else PIL.Image.fromarray(i).resize(size[::-1]) for i in images)
+    return np.stack([np.asarray(image) for image in stretched])
+
+
 def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: top-k with its interval in each space, and chance."""
-    real = np.stack([image for split in SPLITS for image in corpus.captions[split].images])
+    everything = [image for split in SPLITS for image in corpus.captions[split].images]
+    if not everything:
+        return
+    size = corpus.config.sizes[0]
+    real = of_one_size(everything, size)
     spaces = {"pixel": pixels}
     if config.features and config.n_captions:
         spaces["feature"] = efficientnet(config.features, engine.device)
@@ -82,7 +93,7 @@ def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
     for split, numbers in chosen(corpus, config.n_captions, config.seed):
         captions, n = corpus.captions[split], len(numbers)
         texts = [captions.texts[i][0] for i in numbers]
-        drawn, right = draw(engine, texts, config), carriers(corpus, texts)
+        drawn, right = of_one_size(draw(engine, texts, config), size), carriers(corpus, texts)
         yield f"drawing/{split}/n", n
         for space, embed in spaces.items():
             rank = ranks(squared_distances(embed(drawn), real_in[space]), right)

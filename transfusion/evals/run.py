@@ -12,6 +12,7 @@ from transfusion.evals.captions import evaluate_captions
 from transfusion.evals.config import SPLITS, EvalConfig
 from transfusion.evals.denoising import evaluate_denoising
 from transfusion.evals.drawing import evaluate_drawing
+from transfusion.evals.editing import evaluate_editing
 from transfusion.evals.text import evaluate_text
 from transfusion.generate import Engine
 
@@ -22,6 +23,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "captions": evaluate_captions,
     "denoising": evaluate_denoising,
     "drawing": evaluate_drawing,
+    "editing": evaluate_editing,
 }
 
 TITLES = {
@@ -30,6 +32,7 @@ TITLES = {
     "denoising": "Diffusion loss",
     "conditioning": "Conditioning gap",
     "drawing": "Draw accuracy",
+    "editing": "Edits",
 }
 LABELS = {
     "n": "images looked at",
@@ -45,10 +48,14 @@ LABELS = {
     "pixel_top5": "top-5, pixels",
     "feature_top1": "top-1, EfficientNet-Lite features",
     "feature_top5": "top-5, EfficientNet-Lite features",
+    "mse": "mean squared error",
+    "unchanged": "the same of a copy of the source",
+    "colour": "the colour asked for",
+    "overlap": "shape drawn on shape wanted, IoU",
     "chance_top1": "top-1, chance",
     "chance_top5": "top-5, chance",
 }
-SHARES = ("exact_match", "top1", "top5")  # a name that ends so is shown in percent
+SHARES = ("exact_match", "top1", "top5", "colour")  # a name that ends so is shown in percent
 
 
 def evaluate(engine: Engine, corpus: Corpus, config: EvalConfig) -> dict[str, float]:
