@@ -91,8 +91,8 @@ def test_training_lowers_the_error_and_leaves_config_sheets_and_averages(tiny, t
     lines = records(tmp_path)
     assert sum(r["l1"] for r in lines[-5:]) < share * sum(r["l1"] for r in lines[:5])
     own, averages = (load_file(saved / f"{name}.safetensors") for name in ("model", "ema"))
-    still = {name for name in own if torch.equal(own[name], averages[name])}
-    assert still <= {"autoencoder.quantize.use"} | {n for n in own if n.endswith("attn_1.k.bias")}  # softmax ignores it
+    moved = [not torch.equal(own[name], averages[name]) for name in own if name.startswith("autoencoder.encoder")]
+    assert sum(moved) > 0.9 * len(moved)
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step_00000030.png", "step_00000060.png"]
     assert len(PIL.Image.open(tmp_path / "samples" / "step_00000060.png").convert("RGB").getcolors(10**6)) > 12
     assert configs.load_config(CodecRunConfig, tmp_path / "config.toml") == config
