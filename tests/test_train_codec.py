@@ -177,8 +177,3 @@ def test_the_use_of_a_codebook_is_its_share_and_its_perplexity():
     use = torch.tensor([2.0, 2.0, 0.0, 0.0])
     assert codebook_use(use) == pytest.approx({"codes_used": 0.5, "perplexity": 2.0})
     assert codebook_use(torch.ones(9)) == pytest.approx({"codes_used": 1.0, "perplexity": 9.0})
-
-
-def test_pixels_come_back_from_the_networks_range():
-    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
-    assert np.array_equal(loop.to_pixels(loop.to_tensor(every, torch.device("cpu"))), every)

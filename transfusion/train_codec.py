@@ -17,6 +17,8 @@ from transfusion import config as configs
 from transfusion.codec.autoencoder import Autoencoder, CodecConfig
 from transfusion.codec.bottleneck import UNUSED
 from transfusion.codec.discriminator import DiscriminatorConfig
+from transfusion.codec.learned import device_of, to_bytes, to_tensor
+from transfusion.codec.load import find_codec
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients, reconstruct
 from transfusion.data.crops import CropConfig, Crops, build_crops
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
@@ -70,6 +72,12 @@ class CodecRunConfig:
                 f"data.image_size = {self.data.image_size} is not a multiple of {self.codec.factor} pixels, a cell of "
                 f"the latents (codec.multipliers has {len(self.codec.multipliers)} levels): choose one that is"
             )
+        least = 3 * 2**self.discriminator.layers
+        if self.loss.gan_weight and self.data.image_size < least:
+            raise ValueError(
+                f"data.image_size = {self.data.image_size} is too small for a discriminator of "
+                f"{self.discriminator.layers} layers, which wants {least}: lower discriminator.layers"
+            )
 
 
 def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path:
@@ -100,12 +108,12 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
 
     def compute(step: int, batch: np.ndarray) -> Step:
         networks.zero_grad()
-        images = to_tensor(batch, device)
+        images = to_tensor(batch, device).contiguous(memory_format=torch.channels_last)
         eps = draw_eps(config, step, len(images)).to(device)
         terms, latent, vectors = gradients(networks, images, eps, distances, config.loss, step, autocast)
         revived = 0
         if latent.codes is not None and terms.l1.isfinite():
-            revived = networks.autoencoder.quantize.revive(vectors, latent.codes, generator_of(config.seed, step, 1))
+            revived = networks.autoencoder.quantize.revive(vectors, latent.codes, generator_of(config.seed, 1, step))
         norm = clip_gradients(networks.autoencoder, config.optim.clip)
         if networks.discriminator is not None and step >= config.loss.gan_start:
             norm = norm + 0 * clip_gradients(networks.discriminator, config.optim.clip)  # not finite if either is not
@@ -125,15 +133,11 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
     return run_steps(run, config, training, batches, compute, sample)
 
 
-def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
-    """[n, 3, H, W] in [-1, 1] of uint8 [n, H, W, 3]."""
-    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """uint8 [n, H, W, 3] of [n, 3, H, W] in [-1, 1]."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+def data_of(name: str) -> CropConfig:
+    """The data that a codec was trained on; the shipped drawings where its name does not tell."""
+    if name == "pixels" or name.startswith("diffusers:"):
+        return CropConfig()
+    return configs.from_dict(CodecRunConfig, find_codec(name).config).data
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -144,7 +148,7 @@ def generator_of(*key: int) -> torch.Generator:
 def draw_eps(config: CodecRunConfig, step: int, n: int) -> Tensor:
     """[n, C, h, w] the noise of a step's latents."""
     side = config.data.image_size // config.codec.factor
-    return torch.randn(n, config.codec.channels, side, side, generator=generator_of(config.seed, step))
+    return torch.randn(n, config.codec.channels, side, side, generator=generator_of(config.seed, 0, step))
 
 
 def codebook_use(use: Tensor) -> dict[str, float]:
@@ -158,11 +162,11 @@ def codebook_use(use: Tensor) -> dict[str, float]:
 def draw_samples(autoencoder: Autoencoder, crops: Crops, autocast, path: Path):
     """A sheet of the same images each time, originals beside reconstructions; held-out ones below."""
     items = []
-    device = next(autoencoder.parameters()).device
+    device = device_of(autoencoder)
     for split in crops.splits:
         originals = crops.centres(split, SAMPLED)
         with autocast():
-            made = to_pixels(reconstruct(autoencoder, to_tensor(originals, device)))
+            made = to_bytes(reconstruct(autoencoder, to_tensor(originals, device))).cpu().numpy()
         items += [(split.replace("_", " "), pair) for pair in zip(originals, made)]
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(items).save(path)

@@ -197,4 +197,10 @@ class Autoencoder(nn.Module):
 def build_autoencoder(config: CodecConfig, device: torch.device | str = "cpu") -> Autoencoder:
     """An autoencoder with fresh weights, drawn from torch's global state ("meta": none, only its sizes)."""
     with torch.device(device):
-        return Autoencoder(config)
+        model = Autoencoder(config)
+    for m in model.modules():  # residual branches start by adding nothing: the first steps learn sooner
+        if isinstance(m, ResBlock | Attention):
+            last = m.conv2 if isinstance(m, ResBlock) else m.proj_out
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    return model

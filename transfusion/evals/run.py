@@ -30,6 +30,7 @@ TITLES = {
     "denoising": "Diffusion loss",
     "conditioning": "Conditioning gap",
     "drawing": "Draw accuracy",
+    "reconstruction": "Reconstruction",
 }
 LABELS = {
     "n": "images looked at",
@@ -45,10 +46,16 @@ LABELS = {
     "pixel_top5": "top-5, pixels",
     "feature_top1": "top-1, EfficientNet-Lite features",
     "feature_top5": "top-5, EfficientNet-Lite features",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "l1": "L1, of values in [-1, 1]",
+    "fd_effnet": "FD-EffNet",
+    "codes_used": "codes used",
+    "latent_std": "deviation of a channel, mean (least - most)",
     "chance_top1": "top-1, chance",
     "chance_top5": "top-5, chance",
 }
-SHARES = ("exact_match", "top1", "top5")  # a name that ends so is shown in percent
+SHARES = ("exact_match", "top1", "top5", "codes_used")  # a name that ends so is shown in percent
 
 
 def evaluate(engine: Engine, corpus: Corpus, config: EvalConfig) -> dict[str, float]:
