@@ -107,9 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="n_captions=500, data.images=FOLDER, ...: fields of EvalConfig, and other data than the run's own",
     )
 
-    p = command(
-        "eval-codec", run_eval_codec, "Measure how well a codec gives images back."
-    )
+    p = command("eval-codec", run_eval_codec, "Measure how well a codec gives images back.")
     p.add_argument("codec", metavar="CODEC", help=CODEC_HELP)
     p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")

@@ -1,11 +1,13 @@
 """How different two images look: a frozen network's feature maps, compared place by place (Zhang et al. 2018, LPIPS).
 
-    d(a, b) = mean over the maps of  mean over places of  sum over channels of  w (f(a) - f(b))^2,     |f| = 1 a place
+    d(a, b) = sum over the maps of  mean over places of  sum over channels of  w (f(a) - f(b))^2,      |f| = 1 a place
 
-w = 1 but for LPIPS, whose weights were learned and whose maps are summed. A network is a name and what it needs:
+w was learned for LPIPS; for other networks it is 1 / the number of maps. A network is a name and what it needs:
 
     efficientnet        EfficientNet-Lite0 as a package, its last map at each of five resolutions
     efficientnet:FILE   the same, with weights from a file
+    hed, hed:FILE       an edge detector's VGG16 (codec/vgg.py)
+    lpips:FOLDER        LPIPS itself, on VGG16 (codec/vgg.py)
     torchscript:FILE    any network saved by torch.jit.save: images [n, 3, H, W] in [-1, 1] -> a map or several
 """
 
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from transfusion.codec.vgg import load_hed, load_lpips
 
 Maps = Callable[[Tensor], list[Tensor]]  # images [n, 3, H, W] in [-1, 1] -> maps [n, C, h, w]
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images -> [], the mean over them
@@ -24,15 +28,18 @@ def build_perceptual(name: str, device: torch.device | str = "cpu") -> Distance:
     kind, _, file = name.partition(":")
     if kind not in NETWORKS:
         raise ValueError(f"there is no perceptual network {name!r}: choose one of {', '.join(NETWORKS)}")
-    return distance_in(NETWORKS[kind](file, device))
+    return distance_in(*NETWORKS[kind](file, device))
 
 
-def distance_in(maps: Maps) -> Distance:
+def distance_in(maps: Maps, weights: list[Tensor] | None = None) -> Distance:
+    """The distance between two batches, in maps whose channels have `weights` [1, C, 1, 1]."""
+
     def distance(a: Tensor, b: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = maps(b)
-        parts = [(unit(x) - unit(y)).square().sum(1).mean() for x, y in zip(maps(a), wanted, strict=True)]
-        return torch.stack(parts).mean()
+        found = [(unit(x) - unit(y)).square() for x, y in zip(maps(a), wanted, strict=True)]
+        each = weights or [1 / len(found)] * len(found)
+        return torch.stack([(w * x).sum(1).mean() for w, x in zip(each, found, strict=True)]).sum()
 
     return distance
 
@@ -66,7 +73,7 @@ def load_efficientnet(weights: str, device: torch.device | str = "cpu") -> nn.Mo
     return frozen(net, device)
 
 
-def efficientnet_maps(file: str, device: torch.device | str) -> Maps:
+def efficientnet_maps(file: str, device: torch.device | str) -> tuple[Maps]:
     """The last map at each resolution: a half to a thirty-second of the image's side."""
     net = load_efficientnet(file or "installed", device)
 
@@ -79,10 +86,19 @@ def efficientnet_maps(file: str, device: torch.device | str) -> Maps:
                 found.append(last)
         return [*found, x]
 
-    return maps
+    return (maps,)
 
 
-def torchscript_maps(file: str, device: torch.device | str) -> Maps:
+def hed_maps(file: str, device: torch.device | str) -> tuple[Maps]:
+    return (frozen(load_hed(file), device),)
+
+
+def lpips_maps(folder: str, device: torch.device | str) -> tuple[Maps, list[Tensor]]:
+    trunk, weights = load_lpips(folder)
+    return frozen(trunk, device), [w.to(device) for w in weights]
+
+
+def torchscript_maps(file: str, device: torch.device | str) -> tuple[Maps]:
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file!r}: give a network saved by torch.jit.save, as torchscript:FILE")
     net = frozen(torch.jit.load(file, map_location=device), device)
@@ -91,10 +107,12 @@ def torchscript_maps(file: str, device: torch.device | str) -> Maps:
         found = net(images)
         return [found] if isinstance(found, Tensor) else list(found)
 
-    return maps
+    return (maps,)
 
 
-NETWORKS: dict[str, Callable[[str, torch.device | str], Maps]] = {
+NETWORKS: dict[str, Callable[[str, torch.device | str], tuple]] = {  # name -> (maps,) or (maps, weights)
     "efficientnet": efficientnet_maps,
+    "hed": hed_maps,
+    "lpips": lpips_maps,
     "torchscript": torchscript_maps,
 }
