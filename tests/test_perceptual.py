@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS by a slow reference, frozen networks, gradients that reach the images, no distance at 0."""
+"""Perceptual distances: LPIPS and HED by slow references, frozen networks, gradients that reach the images alone."""
 
 import sys
 from pathlib import Path
@@ -140,8 +140,7 @@ def distance(request, tmp_path):
         return build_perceptual("efficientnet")
     if request.param == "lpips":
         return build_perceptual(f"lpips:{request.getfixturevalue('lpips_folder')}")
-    with pytest.warns(DeprecationWarning) if sys.version_info >= (3, 14) else pytest.MonkeyPatch.context():
-        return build_perceptual(torchscript(tmp_path, request.param == "several"))
+    return build_perceptual(torchscript(tmp_path, request.param == "several"))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

@@ -51,7 +51,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def frozen(network: nn.Module, device: torch.device | str) -> nn.Module:
-    return network.eval().requires_grad_(False).to(device)
+    for p in network.parameters():  # a ScriptModule has no requires_grad_ of its own
+        p.requires_grad_(False)
+    return network.eval().to(device)
 
 
 def load_efficientnet(weights: str, device: torch.device | str = "cpu") -> nn.Module:
