@@ -1,20 +1,26 @@
-"""Every shipped config: it loads, it is planned, its model builds."""
+"""Every shipped config: it loads, it is planned, its model or codec builds."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from transfusion.cli import main
+from transfusion.codec.autoencoder import build_autoencoder
+from transfusion.codec.bottleneck import COMMITMENT
 from transfusion.codec.codec import PIXELS, patch_grid
 from transfusion.codec.load import load_codec
+from transfusion.codec.loss import Networks
 from transfusion.config import load_config
 from transfusion.model.transformer import build_model, parameter_counts
 from transfusion.run import RunConfig, format_of, resolved
 from transfusion.tokenizer import load_tokenizer
+from transfusion.train_codec import CodecRunConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.glob("*.toml"))
+CODECS = sorted(FOLDER.glob("codec-*.toml"))
+CONFIGS = sorted(set(FOLDER.glob("*.toml")) - set(CODECS))
 PAPER = {  # layers, width, heads; millions of parameters: the trunk, all with linear patches, 32,000 tokens, own head
     "0.16b": (16, 768, 12, 113.3, 162.4),
     "0.37b": (24, 1024, 16, 308.3, 373.9),
@@ -110,3 +116,29 @@ def test_linear_patches_of_any_side_add_what_the_paper_prints(k):
         assert counts["patches"] == 2 * dim * patch + dim + patch + (257 + dim + 1) * dim  # each way, and the timestep
         if k == 2:
             assert round(100 * counts["patches"] / (sum(counts.values()) - counts["patches"]), 1) == share
+
+
+# ---- codecs ----
+
+
+@pytest.mark.parametrize("path", CODECS, ids=lambda path: path.stem)
+def test_a_shipped_config_of_a_codec_builds_its_networks(path):
+    config = load_config(CodecRunConfig, path)
+    with torch.device("meta"):
+        networks = Networks(config.codec, config.loss, config.discriminator)
+        x = torch.empty(1, 3, config.data.image_size, config.data.image_size)
+    out = networks.autoencoder.decode(networks.autoencoder.latents(x).z)
+    assert out.shape == x.shape
+    assert (networks.discriminator is None) == (config.loss.gan_weight == 0)
+
+
+def test_the_papers_codecs_are_those_that_its_text_gives():
+    kl, vq = (load_config(CodecRunConfig, FOLDER / f"codec-{name}-f8.toml") for name in ("kl", "vq"))
+    assert {kl.out, vq.out} == {"codecs/kl-f8", "codecs/vq-f8"} and kl.out == KL.name
+    for c in (kl, vq):
+        assert (c.codec.factor, c.codec.channels) == (KL.factor, KL.channels)
+        assert sum(p.numel() for p in build_autoencoder(c.codec, "meta").parameters()) == pytest.approx(86e6, rel=0.03)
+        assert (c.train.steps, c.data.image_size, c.data.flips) == (1_000_000, 256, 0)
+        assert (c.loss.gan_weight, c.loss.gan_start, c.loss.second_weight) == (0.5, 50_000, 0.2)
+    assert kl.loss.kl_weight == 1e-6 and COMMITMENT == 0.25
+    assert (vq.codec.codes, vq.codec.code_dim) == (16_384, 8)

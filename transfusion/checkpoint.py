@@ -93,13 +93,14 @@ def load_checkpoint(
     return state
 
 
-def load_weights(model: nn.Module, file: str | Path, partly: bool = False) -> list[str]:
+def load_weights(model: nn.Module, file: str | Path, partly: bool = False, prefix: str = "") -> list[str]:
     """Copies a .safetensors file (a checkpoint's model or ema, or an exported one) into the model, all or nothing.
 
-    `partly` lets the file lack weights, which keep their values; returns their names.
+    `partly` lets the file lack weights, which keep their values; returns their names. With `prefix`, the model is a
+    part of the file's: only names that begin so are read.
     """
     own = weights(model)
-    loaded = matching(own, Path(file), partly)
+    loaded = matching(own, Path(file), partly, prefix)
     with torch.no_grad():
         for name, tensor in loaded.items():
             own[name].copy_(tensor)
@@ -224,7 +225,7 @@ def save_weights(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
 
 
-def matching(own: dict[str, Tensor], file: Path, partly: bool = False) -> dict[str, Tensor]:
+def matching(own: dict[str, Tensor], file: Path, partly: bool = False, prefix: str = "") -> dict[str, Tensor]:
     """The file's tensors, on the CPU; ValueError names the first that is left over, of another shape, or, unless the
     file may fill the model partly, missing."""
     if not file.is_file():
@@ -233,6 +234,7 @@ def matching(own: dict[str, Tensor], file: Path, partly: bool = False) -> dict[s
         loaded = load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    loaded = {name.removeprefix(prefix): tensor for name, tensor in loaded.items() if name.startswith(prefix)}
     for name, tensor in own.items():
         if name not in loaded and not partly:
             raise ValueError(f"{file} does not fit this model: it has no {name}")

@@ -1,4 +1,4 @@
-"""The command line: `transfusion train | generate | caption | edit | inpaint | eval | plan | tokenize | export`.
+"""The command line: `transfusion train | train-codec | generate | caption | edit | inpaint | eval | eval-codec | ...`.
 
 The user's mistakes are ValueErrors with their remedy: they end in one line and exit code 2, never in a traceback.
 """
@@ -14,21 +14,24 @@ import PIL.Image
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
 from transfusion.data.corpus import build_corpus
+from transfusion.data.crops import build_crops
 from transfusion.data.images import parse_size
 from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
+from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.generate import Answer
 from transfusion.plan import plan
 from transfusion.pretrained import load
-from transfusion.run import RunConfig, SampleConfig, format_of, resolved
+from transfusion.run import RunConfig, SampleConfig, format_of, pick_device, resolved
 from transfusion.tokenizer import load_tokenizer, train_tokenizer
 from transfusion.train import train
+from transfusion.train_codec import CodecRunConfig, data_of, train_codec
 
 DRAWING = ("steps", "guidance", "solver")
 RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
-
+CODEC_HELP = "pixels, a run of train-codec, a checkpoint, an exported folder, pretrained:emoji or diffusers:FOLDER"
 
 SAMPLING = {
     "steps": "of the solver: more is slower and finer",
@@ -80,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     with_config(p)
     p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
 
+    p = command("train-codec", run_train_codec, "Train an autoencoder, whose latents a model may then draw.")
+    with_config(p)
+    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+
     p = command("generate", run_generate, "Draw an image for each prompt, or let the model write and draw as it likes.")
     with_model(p)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw, e.g. "a red apple"')
@@ -122,6 +129,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="n_captions=500, data.images=FOLDER, ...: fields of EvalConfig, and other data than the run's own",
     )
 
+    p = command("eval-codec", run_eval_codec, "Measure how well a codec gives images back.")
+    p.add_argument("codec", metavar="CODEC", help=CODEC_HELP)
+    p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="n_images=100, features=installed, sheets=FOLDER: fields of CodecEvalConfig; data.images=FOLDER, "
+        "data.image_size=128: other data than the run's own",
+    )
+
     p = command("plan", run_plan, "Print a config's parameters, FLOPs and memory; runs nothing.")
     with_config(p)
 
@@ -144,6 +163,14 @@ def run_train(args):
     print(f"run folder: {run}")
     saved = train(config, run, args.resume)
     print(f'saved {saved}\ntry:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
+
+
+def run_train_codec(args):
+    config = load_config(CodecRunConfig, args.config, args.overrides)
+    run = Path(config.out or Path("runs") / Path(args.config).stem)
+    print(f"run folder: {run}")
+    saved = train_codec(config, run, args.resume)
+    print(f"saved {saved}\ntry:  transfusion eval-codec {run}\n      transfusion train CONFIG data.codec={run}")
 
 
 def run_generate(args):
@@ -196,8 +223,20 @@ def run_eval(args):
     results = evaluate(engine, corpus, load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]))
     print(table(results))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.json, results)
+
+
+def run_eval_codec(args):
+    device = pick_device(args.device)
+    codec = load_codec(args.codec, device)
+    of_data = [text.removeprefix("data.") for text in args.overrides if text.startswith("data.")]
+    others = [text for text in args.overrides if not text.startswith("data.")]
+    config = load_config(CodecEvalConfig, None, others)
+    crops, _ = build_crops(override(data_of(args.codec), of_data))
+    results = evaluate_codec(codec, crops, config, device)
+    print(table(results))
+    if args.json:
+        write_json(args.json, results)
 
 
 def run_plan(args):
@@ -218,6 +257,11 @@ def run_tokenize(args):
 
 def run_export(args):
     print(export(args.model, args.out, args.dtype, args.license))
+
+
+def write_json(file: Path, numbers: dict[str, float]):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def sampling_of(args) -> dict:

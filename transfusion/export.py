@@ -1,4 +1,5 @@
-"""A trained model as one folder: model.safetensors (averaged weights), config.json, tokenizer.json, README.md."""
+"""A trained model or codec as one folder: model.safetensors (averaged weights), config.json, README.md, and of a model
+its tokenizer.json."""
 
 import json
 import shutil
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transfusion.checkpoint import STATE, atomic_folder, read_state
-from transfusion.config import to_dict, to_toml
+from transfusion.codec.load import find_codec, holds_codec
+from transfusion.config import from_dict, to_dict, to_toml
 from transfusion.pretrained import CONFIG, TOKENIZER, WEIGHTS, find
+from transfusion.train_codec import CodecRunConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -24,10 +27,35 @@ A Transfusion model (Zhou et al. 2024, arXiv 2408.11039): it writes text and dra
 
 - parameters: {parameters:,}, stored as {dtype}
 - data: images {images}; text {text}
-- training: {steps:,} steps of {positions:,} positions, seed {seed}
+- training: {steps:,} steps of {positions:,} positions, seed {config.seed}
 
 ```
 transfusion generate {name} "a red heart"
+```
+
+## Configuration
+
+```toml
+{toml}```
+"""
+
+
+CODEC_CARD = """---
+library_name: transfusion
+license: {license}
+---
+# {name}
+
+An autoencoder for Transfusion (Zhou et al. 2024, arXiv 2408.11039) after Esser et al. 2021.
+
+- latents: {config.codec.channels} numbers for {config.codec.factor} x {config.codec.factor} pixels
+- parameters: {parameters:,}, stored as {dtype}
+- data: images {images} at {config.data.image_size} pixels
+- training: {steps:,} steps of {config.train.batch} images, seed {config.seed}
+
+```
+transfusion eval-codec {name}
+transfusion train CONFIG.toml data.codec={name}
 ```
 
 ## Configuration
@@ -41,25 +69,43 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
     """Writes the folder `out`, whole or not at all; raises ValueError where it exists already."""
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or name another folder")
-    config, weights, tokenizer = find(name)
-    config = replace(config, out="", init="", device="auto")  # of this machine, and no business of who gets the model
-    tensors = {key: value.to(DTYPES[dtype]) for key, value in load_file(weights).items()}
+    weights, prefix, config, files, card = codec_parts(name) if holds_codec(name) else model_parts(name)
+    tensors = {
+        key.removeprefix(prefix): value.to(DTYPES[dtype])
+        for key, value in load_file(weights).items()
+        if key.startswith(prefix)
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-        card = CARD.format(
+        for file in files:
+            shutil.copyfile(file, folder / TOKENIZER)
+        in_step = (weights.parent / STATE).is_file()
+        text = card.format(
             license=license,
             name=out.name,
             parameters=sum(t.numel() for t in tensors.values()),
             dtype=dtype,
+            steps=read_state(weights.parent)["step"] if in_step else config.train.steps,
+            config=config,
             images=", ".join(config.data.images),
-            text=", ".join(config.data.text),
-            steps=read_state(weights.parent)["step"] if (weights.parent / STATE).is_file() else config.train.steps,
-            positions=config.train.rows * config.train.seq_len,
-            seed=config.seed,
             toml=to_toml(config),
         )
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(text)
     return out
+
+
+def model_parts(name: str | Path) -> tuple:
+    """(weights, prefix of their names, config, other files, card) of a trained model."""
+    config, weights, tokenizer = find(name)
+    config = replace(config, out="", init="", device="auto")  # of this machine, and no business of who gets the model
+    card = CARD.replace("{positions:,}", f"{config.train.rows * config.train.seq_len:,}")
+    return weights, "", config, [tokenizer], card.replace("{text}", ", ".join(config.data.text))
+
+
+def codec_parts(name: str | Path) -> tuple:
+    """The same of a trained autoencoder, without its discriminator."""
+    found = find_codec(name)
+    config = replace(from_dict(CodecRunConfig, found.config), out="", device="auto")
+    return found.weights, found.prefix, config, [], CODEC_CARD

@@ -25,6 +25,7 @@ import numpy as np
 Write = Callable[[int, dict[str, float]], None]
 FILE = "metrics.jsonl"
 LM, IMAGE = "lm_loss", "image_loss"
+SHOWN = {"lm": LM, "image": IMAGE, "l1": "l1"}  # on the progress line, by its labels
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def progress_line(step: int, steps: int, record: dict[str, float], left: float, 
     if width is not None:
         full = round(20 * min(1.0, step / max(1, steps)))
         parts.append(f"[{'#' * full}{'-' * (20 - full)}]")
-    parts += [f"{label} {record[key]:.4g}" for label, key in (("lm", LM), ("image", IMAGE)) if key in record]
+    parts += [f"{label} {record[key]:.4g}" for label, key in SHOWN.items() if key in record]
     parts += [f"{short(record[f'{unit}_per_second'])} {unit}/s" for unit in ("images", "tokens")
               if f"{unit}_per_second" in record]  # fmt: skip
     if math.isfinite(left):

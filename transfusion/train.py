@@ -1,14 +1,10 @@
-"""Training, read from the top: one loop, no trainer class, no callbacks.
+"""Training of the model: what it learns from, and the gradients of a step; `loop.py` does the rest.
 
-    batch -> noise -> losses -> backward -> clip -> step -> average,   each a function of (config, step) alone,
-
-so that a resumed run is bitwise the run that was never interrupted (on a CPU), with no random state to save.
+batch -> noise -> losses -> backward -> clip,      each a function of (config, step) alone
 """
 
 import math
-import signal
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,10 +20,10 @@ from transfusion.data.loader import Packer, load_batches
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.generate import Engine
+from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
-from transfusion.metrics import Run, open_metrics
 from transfusion.model.transformer import Transfusion, build_model
-from transfusion.optim import averaged, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
+from transfusion.optim import build_optimizers, clip_gradients
 from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import RunConfig, format_of, pick_device, resolved, uses_bf16
 from transfusion.sequence import Batch
@@ -40,10 +36,7 @@ SAMPLED = 12  # captions on a sample sheet
 
 def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     """Trains the run to its last step, or to a signal, and returns its newest checkpoint."""
-    checkpoints = run / "checkpoints"
-    found = checkpoint.latest_checkpoint(checkpoints)
-    if found and not resume:
-        raise ValueError(f"{run} holds a run already: go on with it by --resume, or give another folder by out=FOLDER")
+    found = find_checkpoint(run, resume)
     device = torch.device(pick_device(config.device))
     tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec, device)
     fmt = format_of(config, tokenizer.special, tokenizer.vocab_size, codec)
@@ -63,16 +56,10 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
         model.compile_layers()
     optimizers = build_optimizers(model, config.optim)
     packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
-    first, skipped = 0, 0
     if found:
         same_tokens(run, run / TOKENIZER, tokenizer)
         config = match_steps(config, checkpoint.read_state(found))
-        ema = init_ema(model) if config.optim.ema else None
-        now = configs.to_dict(config)
-        state = checkpoint.load_checkpoint(found, model=model, ema=ema, optimizers=optimizers, config=now)
-        for line in checkpoint.differences(state["config"], now):
-            print(f"config: {line}")
-        first, skipped = state["step"], state["skipped"]
+        training = restore(found, model, optimizers, config)
     else:
         if not config.train.steps:
             seconds = seconds_per_step(model, optimizers, packer, config)
@@ -81,67 +68,32 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
             config = replace(config, train=replace(config.train, steps=steps))
             optimizers = build_optimizers(model, config.optim)
         begin(model, config, tokenizer)
-        ema = init_ema(model) if config.optim.ema else None
-    c = config.train
+        training = start(model, optimizers, config)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(configs.to_toml(config))
     tokenizer.save(run / TOKENIZER)
     (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
-    def save(step: int) -> Path:
-        state = {"skipped": skipped, "config": configs.to_dict(config)}
-        return checkpoint.save_checkpoint(
-            checkpoints, step, model=model, ema=ema, optimizers=optimizers, state=state, keep=c.keep
-        )
+    def compute(step: int, micro: list[Batch]) -> Step:
+        lm, image, norm = gradients(model, micro, config, step)
+        n_targets, n_images = sum(b.n_targets for b in micro), sum(b.n_images for b in micro)
 
-    bad_in_a_row, saved, images, positions, since = 0, found, 0, 0, time.perf_counter()
-    batches = load_batches(packer, first, c.steps, config.data.workers, pin_memory=device.type == "cuda")
-    folder = Run(run, first, c.steps, configs.to_dict(config), config.metrics.wandb_project)
-    with open_metrics(config.metrics, folder) as log, stop_signals() as stopped:
-        for step, micro in enumerate(batches, first):
-            lr = set_lr(optimizers, step, c.steps, config.optim)
-            lm, image, norm = gradients(model, micro, config, step)
-            if torch.isfinite(norm + lm + image):
-                for optimizer in optimizers:
-                    optimizer.step()
-                if ema is not None:
-                    update_ema(ema, model, step, config.optim.ema)
-                bad_in_a_row = 0
-            else:
-                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
-            done, n_images = step + 1, sum(b.n_images for b in micro)
-            images, positions = images + n_images, positions + sum(b.tokens.numel() for b in micro)
-            last = done == c.steps or bool(stopped)
-            if every(c.log_every, done) or last or bad_in_a_row:
-                seconds = time.perf_counter() - since
-                record = {
-                    "lm_loss": lm.item() / max(1, sum(b.n_targets for b in micro)),
-                    "image_loss": image.item() / n_images if n_images else math.nan,
-                    "grad_norm": norm.item(),
-                    "lr": lr,
-                    "images_per_second": images / seconds,
-                    "tokens_per_second": positions / seconds,
-                    "skipped": skipped,
-                }
-                log(done, record)
-                images, positions, since = 0, 0, time.perf_counter()
-            if bad_in_a_row >= c.max_bad_steps:
-                raise ValueError(
-                    f"{bad_in_a_row} steps in a row without a finite gradient, the last of them step {step}: lower "
-                    f"optim.lr (now {config.optim.lr:g}) or set train.precision=fp32; saved is {saved or 'nothing'}"
-                )
-            paused = time.perf_counter()
-            if every(c.sample_every, done):
-                with averaged(model, ema) if ema is not None else nullcontext():
-                    draw_samples(model, tokenizer, config, corpus, run / "samples" / f"step_{done:08d}.png")
-            if every(c.save_every, done) or last:
-                saved = save(done)
-            since += time.perf_counter() - paused  # sheets and checkpoints are no training
-            if last:
-                break
-    if stopped:
-        print(f"stopped by {stopped[0]} at step {done} of {c.steps}; --resume goes on from {saved}")
-    return saved
+        def numbers() -> dict[str, float]:
+            return {
+                "lm_loss": lm.item() / max(1, n_targets),
+                "image_loss": image.item() / n_images if n_images else math.nan,
+                "grad_norm": norm.item(),
+            }
+
+        counts = {"images": n_images, "tokens": sum(b.tokens.numel() for b in micro)}
+        return Step(norm + lm + image, counts, numbers)
+
+    def sample(path: Path):
+        draw_samples(model, tokenizer, config, corpus, path)
+
+    workers, pinned = config.data.workers, device.type == "cuda"
+    batches = load_batches(packer, training.step, config.train.steps, workers, pin_memory=pinned)
+    return run_steps(run, config, training, batches, compute, sample)
 
 
 def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):
@@ -230,25 +182,3 @@ def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path:
         return  # a run on text alone has nothing to draw
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(items).save(path)
-
-
-def every(interval: int, step: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
-class stop_signals(AbstractContextManager):
-    """Inside: SIGINT and SIGTERM fill the list instead of killing; a second one kills."""
-
-    def __enter__(self) -> list[str]:
-        received: list[str] = []
-
-        def receive(number, frame):
-            received.append(signal.Signals(number).name)
-            signal.signal(number, self.before[number])
-
-        self.before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return received
-
-    def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)

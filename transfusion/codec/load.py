@@ -1,15 +1,85 @@
 """From a name to a codec.
 
-pixels                    no codec: the latents are the pixels
+pixels                                   no codec: the latents are the pixels
+runs/codec                               a train-codec run: its newest checkpoint's averaged weights
+runs/codec/checkpoints/step_00001000     those of that checkpoint
+exported/                                model.safetensors + config.json
+pretrained:emoji                         an exported folder inside the package, of assets/codecs
+diffusers:FOLDER                         an autoencoder of diffusers, from a folder or the hub
 """
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from transfusion import checkpoint
+from transfusion.codec.autoencoder import CodecConfig, build_autoencoder
 from transfusion.codec.codec import PIXELS, Codec
+from transfusion.codec.foreign import diffusers_codec
+from transfusion.codec.learned import learned_codec
+from transfusion.config import from_dict
+
+PRETRAINED = Path(__file__).parents[1] / "assets" / "codecs"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PART = "autoencoder."  # of a checkpoint's weights, which has a discriminator too
+
+
+class TrainedCodec(NamedTuple):
+    """Where the parts of a trained codec lie."""
+
+    config: dict[str, Any]  # of the run
+    weights: Path
+    prefix: str  # of the autoencoder's weights in the file
 
 
 def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     """The codec of that name, its networks on `device`; ValueError says what is there instead."""
     if name == "pixels":
         return PIXELS
-    raise ValueError(f"data.codec = {name!r}: there is no such codec; choose pixels")
+    kind, _, rest = name.partition(":")
+    if kind == "diffusers":
+        return diffusers_codec(rest, device)
+    config, weights, prefix = find_codec(name)
+    model = build_autoencoder(from_dict(CodecConfig, config["codec"]))
+    checkpoint.load_weights(model, weights, prefix=prefix)
+    return learned_codec(name, model.eval().requires_grad_(False).to(device))
+
+
+def find_codec(name: str | Path) -> TrainedCodec:
+    """The parts that a name stands for; ValueError says what is there instead."""
+    folder = Path(name).expanduser()
+    if str(name).startswith("pretrained:"):
+        folder = PRETRAINED / str(name).removeprefix("pretrained:")
+        if not folder.is_dir():
+            there = ", ".join(f"pretrained:{p.name}" for p in sorted(PRETRAINED.glob("*"))) or "none"
+            raise ValueError(f"there is no codec {name}; shipped with this version: {there}")
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no codec {name}: name pixels, a run of train-codec, a checkpoint of it, an exported folder, "
+            "pretrained:NAME or diffusers:FOLDER"
+        )
+    if (folder / CONFIG).is_file():
+        return of_codec(folder, json.loads((folder / CONFIG).read_text()), folder / WEIGHTS, "")
+    step = checkpoint.latest_checkpoint(folder / "checkpoints")
+    if step is None and not (folder / checkpoint.STATE).is_file():
+        raise ValueError(f"{folder} holds no checkpoint and no {CONFIG}: it is no codec, or has saved nothing yet")
+    step = step or folder
+    averaged = step / checkpoint.EMA
+    weights = averaged if averaged.is_file() else step / checkpoint.MODEL
+    return of_codec(folder, checkpoint.read_state(step)["config"], weights, PART)
+
+
+def of_codec(folder: Path, config: dict[str, Any], weights: Path, prefix: str) -> TrainedCodec:
+    if "codec" not in config:
+        raise ValueError(f"{folder} holds no codec: `transfusion train-codec` makes one")
+    return TrainedCodec(config, weights, prefix)
+
+
+def holds_codec(name: str | Path) -> bool:
+    """Whether there is a codec in a folder of that name."""
+    try:
+        return Path(name).is_dir() and bool(find_codec(name))
+    except ValueError:
+        return False

