@@ -35,8 +35,8 @@ class DataConfig:
 
     images: tuple[str, ...] = ("emoji",)
     text: tuple[str, ...] = ("shakespeare",)
-    documents: tuple[str, ...] = ()
     tokenizer: str = ""  # path of a tokenizer.json; "" = the shipped one
+    documents: tuple[str, ...] = ()
     codec: str = "pixels"  # or a trained one, as `transfusion train-codec` leaves it
     factor: int = 0  # pixels a latent cell; 0 = the codec's
     latent_mean: tuple[float, ...] = ()  # of each channel; () = measured over the training images when a run begins
