@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from random_rows import PATCH_DIM, SPECIAL, VOCAB
 from test_transformer import OPTIONS, random_model
 
+from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import DataConfig, caption_then_image, image_then_caption
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
@@ -23,7 +24,7 @@ from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, set_lr
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
-from transfusion.sequence import Format, Image, Text, collate, image_length, lay_out, unpatchify
+from transfusion.sequence import Codes, Format, Image, Text, collate, image_length, lay_out, unpatchify
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,-0123"
 FIRST = 6  # id of the first letter; VOCAB = 40 = FIRST + 34
@@ -46,7 +47,7 @@ class Letters:
 SAMPLE = SampleConfig(steps=4, guidance=3.0)
 
 
-def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, **options) -> Engine:
+def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, codec=None, **options) -> Engine:
     """An engine of a random model whose every parameter matters."""
     model = random_model(**options)
     config = RunConfig(
@@ -56,7 +57,7 @@ def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE,
         train=TrainConfig(seq_len=seq_len),
         sample=sample,
     )
-    return Engine(model, Letters(), config)
+    return Engine(model, Letters(), config, codec)
 
 
 def picture(seed: int) -> PIL.Image.Image:
@@ -446,6 +447,85 @@ def test_a_size_is_written_so_that_the_image_fits(seq_len):
     for seed in range(3):
         answer = engine.complete([engine.open("ab")], "auto", [seed], options)[0]
         assert "i" in kinds(answer) and len(lay_out([*engine.open("ab"), *answer], engine.fmt)) <= seq_len
+
+
+# ---- images as codes ----
+
+CODES = 7
+CODEBOOK = np.random.default_rng(3).standard_normal((CODES, 3)).astype(np.float32)
+DISCRETE = replace(
+    PIXELS,
+    limit=None,
+    codes=CODES,
+    quantize=lambda z: np.square(z[:, None] - CODEBOOK[None, :, :, None, None]).sum(2).argmin(1),
+    lookup=lambda codes: CODEBOOK[codes].transpose(0, 3, 1, 2),
+)
+
+
+def code_engine(**options) -> Engine:
+    """An engine of a model that writes images, 4 x 4 of one cell each, as codes."""
+    sides = options.get("sides", 0)
+    sizes = {"patches": "codes", "patch_size": 1, "vocab_size": VOCAB + sides + CODES}
+    return engine_of(codec=DISCRETE, **{**sizes, **options})
+
+
+def slow_codes(engine, document, text: float, image: float = 1.0, grid=(SIZE, SIZE)) -> np.ndarray:
+    """[h, w] the likeliest codes of the image that continues a document, one whole pass a code and branch."""
+    codes, fmt = np.zeros(grid, np.int64), engine.fmt
+    images = [s for s in document if isinstance(s, Codes)]
+    prefixes = ([*document], [document[0], *images], [document[0]])
+    for i in range(codes.size):
+        branches = []
+        for prefix in prefixes:
+            s = lay_out([*prefix, Codes(codes)], fmt)
+            at = len(s) - 2 - (codes.size - i)  # the position whose next token is code i
+            branches.append(whole(engine, [*prefix, Codes(codes)])[0][at])
+        cond, seen, nothing = branches
+        guided = nothing + image * (seen - nothing) + text * (cond - seen)
+        if not images:
+            guided = nothing + text * (cond - nothing)
+        codes.flat[i] = int(guided[fmt.first_code :].argmax())
+    return codes
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.5)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"image_positions": "axial", "sides": 4}], ids=["raster", "axial, sized"])
+def test_codes_are_the_likeliest_of_whole_passes_guided_on_their_logits(guidance, options):
+    engine = code_engine(**options)
+    text, image = guidance
+    sampling = replace(engine.config.sample, temperature=0, guidance=text, image_guidance=image)
+    for prompt in (["abc"], ["ab", picture(0), "cd"]):
+        document = engine.open(prompt)
+        ((drawn,),) = engine.complete([document], "draw", [7], sampling, [(2, 3)])
+        assert isinstance(drawn, Codes)
+        np.testing.assert_array_equal(drawn.codes, slow_codes(engine, document, text, image, (2, 3)))
+
+
+def test_a_model_of_codes_writes_text_then_an_image_then_text_and_each_comes_out_as_alone():
+    engine = code_engine(seq_len=80)
+    rig(engine, lambda r, n: [FIRST + 3, SPECIAL.boi, *[engine.fmt.first_code + 2] * 16, FIRST + 5, SPECIAL.eos][n])
+    seen, document = spy_on_writes(engine), engine.open("ab")
+    ((letter, image, after),) = engine.complete([document], "auto", [0], engine.config.sample)
+    assert (image.codes == 2).all() and image.codes.shape == (4, 4)
+    for logits, prefix in ((seen[0], []), (seen[1], [letter]), (seen[-2], [letter, image])):
+        close(logits, whole(engine, [*document, *prefix])[0][-1])
+    close(seen[-1], whole(engine, [*document, letter, image, after])[0][-1])
+
+
+def test_drawings_as_codes_are_pictures_the_same_alone_and_beside_others():
+    engine = code_engine()
+    together = engine.draw(["ab", "cd", "efg"], seed=5, guidance=2.0)
+    for i, prompt in enumerate(("ab", "cd", "efg")):
+        assert together[i].size == (SIZE, SIZE)
+        alike([together[i]], engine.draw([prompt], seed=5 + i, guidance=2.0))
+    assert engine.caption([picture(0)], max_tokens=3)[0] is not None
+    with pytest.raises(ValueError, match="writes images as codes"):
+        engine.inpaint([picture(0)], [picture(1)], ["a"])
+
+
+def test_a_model_of_codes_wants_a_codec_with_a_codebook():
+    with pytest.raises(ValueError, match="wants a codec with a codebook, and pixels has none"):
+        engine_of(patches="codes", patch_size=1, vocab_size=VOCAB + CODES)
 
 
 # ---- editing ----
