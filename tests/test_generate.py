@@ -24,7 +24,7 @@ from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, set_lr
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
-from transfusion.sequence import Codes, Format, Image, Text, collate, image_length, lay_out, unpatchify
+from transfusion.sequence import Codes, Image, Text, collate, image_length, lay_out, unpatchify
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,-0123"
 FIRST = 6  # id of the first letter; VOCAB = 40 = FIRST + 34
@@ -644,30 +644,28 @@ def motifs() -> np.ndarray:
     return images.repeat(4, 1).repeat(4, 2).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def memorised() -> Engine:
-    """A model that has learnt four captioned 16-pixel images by heart, by the training's own functions."""
+def learned_by_heart(images, **options) -> Engine:
+    """A model that has learnt four captioned images by heart, by the training's own functions.
+
+    With `sides` it writes their sizes; then captions read clean copies of them.
+    """
     torch.manual_seed(0)
-    images, tokenizer, steps = motifs(), Letters(), 450
-    sizes = ModelConfig(
-        dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8, channels=3, time_scale=True
-    )
-    model = build_model(sizes)
-    data, train = DataConfig(image_size=16), TrainConfig(seq_len=32)
+    tokenizer, steps, sides = Letters(), 450, options.get("sides", 0)
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "ffn_dim": 128, "vocab_size": VOCAB + sides, "channels": 3}
+    model = build_model(ModelConfig(**sizes, patch_size=8, time_scale=True, **options))
     diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow", data_variance=0.5)
     sample = SampleConfig(steps=10, solver="euler", guidance=1.5, temperature=0)
-    engine = Engine(
-        model, tokenizer, RunConfig(model=model.config, data=data, diffusion=diffusion, train=train, sample=sample)
-    )
+    buckets = tuple(dict.fromkeys(f"{image.shape[0]}x{image.shape[1]}" for image in images))
+    parts = {"data": DataConfig(buckets=buckets), "diffusion": diffusion, "train": TrainConfig(seq_len=32)}
+    engine = Engine(model, tokenizer, RunConfig(model=model.config, sample=sample, **parts))
     optim = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.0)
-    fmt, optimizers = Format(SPECIAL, 8), build_optimizers(model, optim)
-    rows = []
+    optimizers, rows = build_optimizers(model, optim), []
     for caption, image in zip(CAPTIONS, images):
         ids, latents = np.array(tokenizer.encode(caption)), engine.codec.encode(image[None])[0]
         rows += [caption_then_image(SPECIAL, ids, Image(latents))] * 2
         rows += [caption_then_image(SPECIAL, ids[:0], Image(latents))]
-        rows += [image_then_caption(SPECIAL, ids, Image(latents, 0.5))]
-    batch = collate([[lay_out(d, fmt)] for d in rows * 2], 32, fmt)
+        rows += [image_then_caption(SPECIAL, ids, Image(latents, 1.0 if sides else 0.5, copy=bool(sides)))]
+    batch = collate([[lay_out(d, engine.fmt)] for d in rows * 2], 40, engine.fmt)
     for step in range(steps):
         set_lr(optimizers, step, steps, optim)
         lm, image = losses(model, batch, draw_noise(batch, diffusion, 0, step), diffusion)
@@ -678,6 +676,11 @@ def memorised() -> Engine:
         for optimizer in optimizers:
             optimizer.step()
     return engine
+
+
+@pytest.fixture(scope="module")
+def memorised() -> Engine:
+    return learned_by_heart(motifs())
 
 
 def errors(drawn, images) -> np.ndarray:
@@ -707,6 +710,18 @@ def test_a_model_that_memorised_captions_goes_on_from_a_caption_to_its_image_by_
     together = memorised.generate(CAPTIONS, mode="auto")
     assert [kinds(answer) for answer in together] == ["i"] * 4  # <boi>, the image, <eoi>, then <eos>
     assert errors([a[0] for a in together], motifs()).argmin(1).tolist() == [0, 1, 2, 3]
+
+
+def test_a_model_that_memorised_images_of_several_sizes_writes_the_size_draws_it_and_reads_it():
+    a, b, c, d = motifs()
+    images = [a, np.concatenate([b, b[:8]]), c[:8], np.concatenate([d, a], 1)[:8, :24]]
+    engine = learned_by_heart(images, sides=3, image_positions="axial")
+    for answers in (engine.generate(CAPTIONS, mode="draw", seed=3), engine.generate(CAPTIONS, mode="auto", seed=4)):
+        drawn = [answer[0] for answer in answers]
+        assert [np.asarray(x).shape for x in drawn] == [x.shape for x in images]
+        for one, real in zip(drawn, images):
+            assert errors([one], [real])[0, 0] < 0.02
+    assert engine.caption([PIL.Image.fromarray(image) for image in images]) == CAPTIONS
 
 
 def test_a_bare_image_is_a_prompt_and_a_prompt_that_is_no_list_of_prompts_is_refused():
