@@ -4,9 +4,9 @@
     python bench/study.py bench/studies/paper.toml --table    # only the table
 
 A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, and runs may be split
-among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its own FLOPs (transfusion/plan.py), so arms
-of unequal cost a step get unequal steps. Arms are compared seed by seed: the mean difference to the arm that each is
-measured against, with the 95 % interval of Student's t over the seeds.
+among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its own FLOPs (transfusion/plan.py), so
+arms of unequal cost a step get unequal steps. Arms are compared seed by seed: the mean difference to the arm that each
+is measured against, with the 95 % interval of Student's t over the seeds.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(study: Study) -> Iterator[str]:
-    """Markdown: of each arm the mean of each number over its seeds, then each arm's differences to what it is against."""
+    """Markdown: of each arm the mean of each number over its seeds, then its differences to what it is against."""
     found = results(study)
     names = [name for name in study.report if any(name in r["results"] for r in found.values())]
     head = "| arm | seeds | steps | " + " | ".join(names) + " |"
