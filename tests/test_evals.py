@@ -384,6 +384,7 @@ def test_features_are_a_second_space_to_be_near_in(monkeypatch):
     monkeypatch.setattr(drawing, "efficientnet", lambda weights, device: lambda x: torch.from_numpy(x.mean((1, 2))))
     found = dict(evaluate_drawing(turned, corpus, EvalConfig(features="some.pth")))
     assert found["drawing/train/feature_top1"] == 1 > found["drawing/train/pixel_top1"]
+    assert found["drawing/train/fd_effnet"] == pytest.approx(0, abs=1e-6)
     assert "drawing/train/feature_top1" not in dict(evaluate_drawing(turned, corpus, EvalConfig()))
 
 
