@@ -8,8 +8,9 @@ import pytest
 import torch
 from random_rows import CHANNELS, FORMATS, PATCH_DIM, PATCH_SIZE, SPECIAL, VOCAB, document, packed
 
+from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import allow, block_mask, dense_mask
-from transfusion.model.transformer import ModelConfig, Transfusion, build_model, parameter_counts
+from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts
 from transfusion.sequence import NONE, collate, lay_out
 
 TINY = {
@@ -27,6 +28,10 @@ OPTIONS = {
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
     "refine": {"refine_width": 4},
+    "separate ffn": {"separate": ("ffn",)},
+    "separate": {"separate": SEPARABLE, "qk_norm": True},
+    "lora": {"lora": LoraConfig(2, alpha=0.1, target_modules=TARGETS)},
+    "lora on text": {"qk_norm": True, "lora": LoraConfig(2, alpha=0.1, paths=("text",))},
     "all": {
         "n_kv_heads": 1,
         "qk_norm": True,
@@ -34,6 +39,8 @@ OPTIONS = {
         "patch_positions": True,
         "time_scale": True,
         "refine_width": 4,
+        "separate": SEPARABLE,
+        "lora": LoraConfig(3, alpha=0.1, target_modules=TARGETS),
     },
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
