@@ -8,8 +8,7 @@ import pytest
 from transfusion.cli import main
 from transfusion.config import load_config
 from transfusion.model.transformer import build_model, parameter_counts
-from transfusion.run import RunConfig
-from transfusion.tokenizer import load_tokenizer
+from transfusion.run import RunConfig, resolve
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.toml"))
@@ -25,10 +24,8 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.ste
 
 
 def load(path: Path) -> RunConfig:
-    """The config, its vocabulary filled in."""
-    config = load_config(RunConfig, path)
-    size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    return replace(config, model=replace(config.model, vocab_size=size))
+    """The config, its vocabulary and sizes filled in."""
+    return resolve(load_config(RunConfig, path))
 
 
 def test_there_are_configs_to_test():

@@ -19,8 +19,8 @@ from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.plan import plan
 from transfusion.pretrained import load
-from transfusion.run import RunConfig, SampleConfig, with_vocabulary
-from transfusion.tokenizer import load_tokenizer, train_tokenizer
+from transfusion.run import RunConfig, SampleConfig, resolve
+from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 
 RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
@@ -159,8 +159,7 @@ def run_eval(args):
 
 
 def run_plan(args):
-    config = load_config(RunConfig, args.config, args.overrides)
-    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    config = resolve(load_config(RunConfig, args.config, args.overrides))
     print(to_toml(config) + "\n" + plan(config))
 
 

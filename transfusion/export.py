@@ -1,4 +1,7 @@
-"""A trained model as one folder: model.safetensors (averaged weights), config.json, tokenizer.json, README.md."""
+"""A trained model as one folder: model.safetensors (averaged weights), config.json, tokenizer.json, README.md.
+
+Adapters are merged into the weights, so that every exported folder is one plain model, and lie in adapters/ beside it.
+"""
 
 import json
 import shutil
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from transfusion.adapters import merge, save_adapters
 from transfusion.checkpoint import STATE, atomic_folder, read_state
 from transfusion.config import to_dict, to_toml
 from transfusion.pretrained import CONFIG, TOKENIZER, WEIGHTS, find
@@ -42,13 +46,19 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or name another folder")
     config, weights, tokenizer = find(name)
-    config = replace(config, out="", init="", device="auto")  # of this machine, and no business of who gets the model
-    tensors = {key: value.to(DTYPES[dtype]) for key, value in load_file(weights).items()}
+    # of this machine, and no business of who gets the model
+    config = replace(config, out="", init="", adapter="", device="auto")
+    trained, lora = load_file(weights), config.model.lora
+    tensors, model = merge(trained, config.model) if lora.r else (trained, config.model)
+    tensors = {key: value.to(DTYPES[dtype]) for key, value in tensors.items()}
+    config = replace(config, model=model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
         shutil.copyfile(tokenizer, folder / TOKENIZER)
+        if lora.r:
+            save_adapters(trained, lora, folder / "adapters")
         card = CARD.format(
             license=license,
             name=out.name,

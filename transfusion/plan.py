@@ -3,7 +3,11 @@
 FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
                    6 * patch layers * patches  +  6 * convolutions * places                   (forward 2, backward 4;
                    keys seen by a position: at most L / 2 for text, exactly known only once the rows are packed)
-memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
+                   4 instead of 6 for what is frozen: gradients go through it, it has none of its own
+memory             weights, and of those that train gradients, two moments and the average, at 4 bytes; activations
+                   kept for backward
+
+A position goes through one path, so weights of their own for patches cost memory and no FLOPs.
 """
 
 import math
@@ -11,6 +15,7 @@ import math
 from transfusion.codec import CODECS
 from transfusion.model.refine import FACTOR
 from transfusion.model.transformer import build_model, parameter_counts
+from transfusion.optim import FREEZABLE, freeze, trained
 from transfusion.run import RunConfig
 
 
@@ -26,18 +31,24 @@ def count_flops(config: RunConfig) -> dict[str, float]:
     model = build_model(m, "meta")
     parts, positions = dict(parameter_counts(model)), c.rows * c.seq_len
     kernels = sum(p.numel() for p in model.refine.parameters() if p.ndim == 4) if model.refine is not None else 0
-    return {
-        "trunk": 6.0 * parts["trunk"] * positions,
+    of_text, of_image, of_patches = (4.0 if part in config.optim.freeze else 6.0 for part in FREEZABLE)
+    own, texts = parts.get("image path", 0), positions - patches
+    flops = {
+        "trunk": of_text * (parts["trunk"] * positions - own * patches) + of_image * own * patches,
+        "adapters": 6.0 * (parts.get("text adapters", 0) * texts + parts.get("image adapters", 0) * patches),
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
-        "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
-        "patch layers": 6.0 * (2 * m.dim * m.patch_dim + kernels * (m.patch_size // FACTOR) ** 2) * patches,
+        "text head": of_text * m.dim * m.vocab_size * texts,
+        "patch layers": of_patches * (2 * m.dim * m.patch_dim + kernels * (m.patch_size // FACTOR) ** 2) * patches,
     }
+    return flops if m.lora.r else {name: value for name, value in flops.items() if name != "adapters"}
 
 
 def estimate_memory(config: RunConfig) -> dict[str, float]:
     """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits."""
     m, c = config.model, config.train
-    weights = 4.0 * sum(n for _, n in parameter_counts(build_model(m, "meta")))
+    model = build_model(m, "meta")
+    freeze(model, config.optim.freeze)
+    weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
     positions = c.rows * c.seq_len / c.accumulate
     # Bytes a position. float32: the residual stream and its norm, twice; bf16: each matrix's input, q, k, v, the heads'
     # result, and w1 x, its silu, w3 x and their product.
@@ -48,9 +59,9 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     places = count_patches(config) / c.accumulate * (m.patch_size // FACTOR) ** 2
     return {
         "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
-        "average": weights if config.optim.ema else 0.0,
+        "gradients": train,
+        "optimizer": 2 * train,
+        "average": train if config.optim.ema else 0.0,
         "activations (about)": positions * m.n_layers * layer + places * refine,
         "logits (at most)": positions * m.vocab_size * 10.0,
     }

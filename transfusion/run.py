@@ -7,6 +7,7 @@ RUN/checkpoints/step_00001000/                     the last few, each complete o
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -14,9 +15,11 @@ from transfusion.codec import CODECS
 from transfusion.data.documents import DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.solver import SOLVERS
+from transfusion.llama import TOKENIZER, folder_of, is_llama, sizes_of
 from transfusion.metrics import MetricsConfig
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
+from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -83,7 +86,8 @@ class RunConfig:
 
     seed: int = 0
     out: str = ""  # run folder; "" = runs/NAME OF THE CONFIG
-    init: str = ""  # a model whose weights a new run begins with, as `transfusion generate` takes it; "" = fresh ones
+    init: str = ""  # weights to begin with: a model as `transfusion generate` takes it, hf:FOLDER, smollm2; "" = fresh
+    adapter: str = ""  # a folder of adapters to begin with, as `transfusion export` writes it; "" = fresh ones
     device: str = "auto"  # auto = cuda, mps or cpu, the first that is there
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -99,6 +103,40 @@ class RunConfig:
             raise ValueError(
                 f"model.channels = {model.channels}, the codec {codec.name} has {codec.channels}: set those"
             )
+        if model.lora.r:
+            wanted = {"text", *model.lora.paths}  # patches go through the text path's matrices where they have no own
+            if not wanted <= set(self.optim.freeze):
+                raise ValueError(
+                    f"model.lora.r = {model.lora.r}, optim.freeze = {list(self.optim.freeze)}: adapters stand beside "
+                    f"frozen weights: set optim.freeze={','.join(sorted(wanted | set(self.optim.freeze)))}"
+                )
+        elif self.adapter:
+            raise ValueError(f"adapter = {self.adapter!r}, but model.lora.r is 0: set it and the rest of model.lora")
+
+
+def load_own_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that the config names, else that of the Llama it begins with, else the shipped one."""
+    if is_llama(config.init) and not config.data.tokenizer:
+        return load_tokenizer(folder_of(config.init) / TOKENIZER)
+    return load_tokenizer(config.data.tokenizer)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The config with the sizes of the Llama that it begins with and the vocabulary filled in; fetches nothing."""
+    if not is_llama(config.init):
+        return with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    sizes = sizes_of(config.init)
+    return with_vocabulary(with_sizes(config, config.init, sizes), sizes["vocab_size"])
+
+
+def with_sizes(config: RunConfig, source: str, sizes: dict[str, Any]) -> RunConfig:
+    """The config with these sizes of the model where it has defaults; ValueError lists those that it sets otherwise."""
+    now, default = vars(config.model), vars(ModelConfig())
+    sizes = {name: size for name, size in sizes.items() if name != "vocab_size"}
+    wrong = [f"model.{k} = {now[k]} instead of {v}" for k, v in sizes.items() if now[k] not in (v, default[k])]
+    if wrong:
+        raise ValueError(f"the sizes of {source} are others: {', '.join(wrong)}; leave them out to take its own")
+    return replace(config, model=replace(config.model, **sizes))
 
 
 def with_vocabulary(config: RunConfig, tokens: int) -> RunConfig:

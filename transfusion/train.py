@@ -18,18 +18,18 @@ from torch import Tensor
 
 from transfusion import checkpoint
 from transfusion import config as configs
+from transfusion.beginning import begin, prepare, same_tokens
 from transfusion.data.documents import build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.generate import Engine
 from transfusion.loss import draw_noise, losses
 from transfusion.metrics import Run, open_metrics
 from transfusion.model.transformer import Transfusion, build_model
-from transfusion.optim import averaged, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
-from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, pick_device, uses_bf16, with_vocabulary
+from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, init_ema, set_lr, trained, update_ema
+from transfusion.pretrained import TOKENIZER
+from transfusion.run import RunConfig, pick_device, uses_bf16
 from transfusion.sequence import Batch, Format
 from transfusion.sheet import contact_sheet
-from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 CALIBRATION_STEPS = 8
 SAMPLED = 12  # captions on a sample sheet
@@ -41,8 +41,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     found = checkpoint.latest_checkpoint(checkpoints)
     if found and not resume:
         raise ValueError(f"{run} holds a run already: go on with it by --resume, or give another folder by out=FOLDER")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, tokenizer.vocab_size)
+    config, tokenizer = prepare(config, run, found)
     device = torch.device(pick_device(config.device))
     fmt = Format(tokenizer.special, config.model.patch_size, config.model.image_positions)
     corpus, reports = build_corpus(config.data, tokenizer, config.model.patch_size, config.train.seq_len)
@@ -55,6 +54,10 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     )
 
     model = build_model(config.model, device)
+    freeze(model, config.optim.freeze)
+    if config.optim.freeze:
+        n, all_n = (sum(p.numel() for p in ps) for ps in (trained(model), model.parameters()))
+        print(f"{n:,} of {all_n:,} parameters train")
     if config.train.compile:
         model.compile_layers()
     optimizers = build_optimizers(model, config.optim)
@@ -138,26 +141,6 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     if stopped:
         print(f"stopped by {stopped[0]} at step {done} of {c.steps}; --resume goes on from {saved}")
     return saved
-
-
-def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):
-    """Raises ValueError where the model of that name was trained with other tokens, those of `file`."""
-    if load_tokenizer(file).hf.get_vocab() != tokenizer.hf.get_vocab():
-        raise ValueError(f"{name} was trained with other tokens: set data.tokenizer={file}")
-
-
-def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
-    """Gives the model the weights of step 0: those of `init`; where it has none, fresh ones drawn from the seed."""
-    torch.manual_seed(config.seed)
-    model.init_weights()
-    if config.init:
-        trained = find(config.init)
-        same_tokens(config.init, trained.tokenizer, tokenizer)
-        parts = [{k: configs.to_dict(c)[k] for k in ("model", "diffusion")} for c in (trained.config, config)]
-        for line in checkpoint.differences(*parts):
-            print(f"init: {line}")
-        for name in checkpoint.load_weights(model, trained.weights, partly=True):
-            print(f"init: {name} is not in {config.init}, it starts fresh")
 
 
 def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:

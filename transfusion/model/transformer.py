@@ -248,14 +248,20 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Tran
 
 
 def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
-    """(part, number of parameters): trunk (layers and last norm), text embedding and head, patch layers."""
-    parts = {
-        "trunk": [model.layers, model.norm],
+    """(part, number of parameters): the trunk (layers and last norm) as text goes through it, what patches have of it
+    for themselves and adapters where there are any, text embedding and head, patch layers."""
+    parts = {"trunk": 0, "image path": 0, "text adapters": 0, "image adapters": 0}
+    for name, p in [*model.layers.named_parameters(), *model.norm.named_parameters()]:
+        of_image = text_twin(name) is not None
+        adapters = "image adapters" if of_image else "text adapters"
+        parts[adapters if is_adapter(name) else "image path" if of_image else "trunk"] += p.numel()
+    yield from ((name, n) for name, n in parts.items() if n)
+    modules = {
         "text embedding and head": [model.tok_embeddings, model.output],
         "patches": [model.patches] + [model.refine] * (model.refine is not None),
     }
-    for name, modules in parts.items():
-        yield name, sum(p.numel() for m in modules for p in m.parameters())
+    for name, of_part in modules.items():
+        yield name, sum(p.numel() for m in of_part for p in m.parameters())
 
 
 def row_mask(document: Tensor, image: Tensor, compiled: bool) -> Tensor | BlockMask:
