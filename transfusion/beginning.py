@@ -27,8 +27,8 @@ def prepare(config: RunConfig, run: Path, found: Path | None) -> tuple[RunConfig
     if found is None or not is_llama(config.init):
         return resolve(config), load_own_tokenizer(config)
     began, tokenizer = checkpoint.read_state(found)["config"]["model"], load_tokenizer(run / TOKENIZER)
-    config = with_sizes(config, str(run), {name: began[name] for name in SIZES})
-    return with_vocabulary(config, tokenizer.vocab_size), tokenizer
+    config = with_sizes(config, str(run), {name: began[name] for name in (*SIZES, "rope_base")})
+    return with_vocabulary(config, began["vocab_size"]), tokenizer
 
 
 def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):

@@ -76,7 +76,7 @@ def sizes_of(init: str) -> dict[str, Any]:
 
 def translate(theirs: dict[str, Any], source: str) -> dict[str, Any]:
     """Their config as fields of ModelConfig; ValueError names what our trunk cannot be."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5, 4
+    rope = {**(theirs.get("rope_parameters") or {}), **(theirs.get("rope_scaling") or {})}  # transformers 5, 4
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     missing = [key for key in SIZES.values() if key not in theirs and key != "num_key_value_heads"]
     if missing:
