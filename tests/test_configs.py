@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from transfusion.checkpoint import load_weights
 from transfusion.cli import main
 from transfusion.config import load_config
-from transfusion.model.transformer import build_model, parameter_counts
+from transfusion.model.paths import is_adapter
+from transfusion.model.transformer import SEPARABLE, build_model, parameter_counts
+from transfusion.pretrained import find
 from transfusion.run import RunConfig, resolve
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -29,7 +32,7 @@ def load(path: Path) -> RunConfig:
 
 
 def test_there_are_configs_to_test():
-    assert {"demo", "emoji", *PAPER} <= {path.stem for path in CONFIGS}
+    assert {"demo", "emoji", "mot", "lora", "lmfusion-smollm2", *PAPER} <= {path.stem for path in CONFIGS}
 
 
 @each_config
@@ -54,6 +57,17 @@ def test_an_image_of_a_shipped_config_fits_into_its_rows(path):
     side, rest = divmod(config.data.image_size, config.model.patch_size)
     assert rest == 0
     assert side**2 + 4 <= config.train.seq_len  # <bos> <boi> ... <eoi> <eos>
+
+
+def test_the_shipped_model_lacks_nothing_that_lora_begins_with_but_the_adapters():
+    config = load(FOLDER / "lora.toml")
+    lacking = load_weights(build_model(config.model), find(config.init).weights, partly=True)
+    assert lacking and all(map(is_adapter, lacking))
+
+
+def test_mot_is_the_demo_with_a_second_path():
+    demo, mot = (load(FOLDER / f"{name}.toml") for name in ("demo", "mot"))
+    assert mot == replace(demo, model=replace(demo.model, separate=SEPARABLE))
 
 
 @pytest.mark.parametrize("name", PAPER)

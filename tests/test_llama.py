@@ -179,6 +179,12 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"has no .*model\.norm\.weight.*: it is not whole"):
         load_llama(model, config.init, tokenizer)
+    _, whole = write_llama(tmp_path / "whole", tie_word_embeddings=False)
+    untied = load_file(whole / "model.safetensors")
+    del untied["lm_head.weight"]
+    save_file(untied, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no lm_head\.weight: it is not whole"):
+        load_llama(model, config.init, tokenizer)
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"q_proj\.bias, which no Llama has"):
         load_llama(model, config.init, tokenizer)

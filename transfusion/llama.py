@@ -125,7 +125,7 @@ def load_llama(model: Transfusion, init: str, tokenizer: Tokenizer) -> list[str]
             raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, its config says {tuple(place.shape)}")
         place.copy_(tensor)
         found[ours] = len(tensor)
-    if "output.weight" not in found and "tok_embeddings.weight" in found:  # tied
+    if read_json(folder / CONFIG).get("tie_word_embeddings") and "tok_embeddings.weight" in found:
         own["output.weight"].copy_(own["tok_embeddings.weight"])
         found["output.weight"] = found["tok_embeddings.weight"]
     missing = [name for name, ours in ours_of.items() if ours not in found]

@@ -42,12 +42,12 @@ class ModelConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    separate: tuple[str, ...] = ()  # what patches have weights of their own for (MoT): some of SEPARABLE
+    lora: LoraConfig = field(default_factory=LoraConfig)
     image_positions: str = "raster"  # rotary coordinates of patches; or "axial"
     patch_positions: bool = False  # add sinusoids of row and column to every patch
     time_scale: bool = False  # the noise level also scales every patch
     refine_width: int = 0  # channels of the convolutions behind the linear read-out; 0 = none
-    separate: tuple[str, ...] = ()  # what patches have weights of their own for (MoT): some of SEPARABLE
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         if self.n_heads < 1 or self.n_layers < 1:
