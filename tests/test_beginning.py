@@ -1,5 +1,6 @@
 """What a run begins with, and a frozen text path that ends as it began."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from test_train import assert_same_runs, cut
 
 from transfusion.checkpoint import latest_checkpoint
 from transfusion.data.documents import DataConfig
-from transfusion.metrics import MetricsConfig
+from transfusion.metrics import MetricsConfig, read_records
 from transfusion.model.paths import text_twin
 from transfusion.model.transformer import SEPARABLE, ModelConfig
 from transfusion.optim import OptimConfig
@@ -89,6 +90,12 @@ def test_a_frozen_llama_reads_text_to_the_bit_as_before(tiny, tmp_path):
         with torch.no_grad():
             logits.append(text_logits(load(tmp_path / name, "cpu").model, tokens))
     assert torch.equal(*logits)
+
+
+def test_steps_of_text_alone_are_no_error_where_text_is_frozen(tiny, tmp_path):
+    config = with_paths(replace(tiny, data=replace(tiny.data, image_share=0.0, images=())), freeze=("text",))
+    train(config, tmp_path)
+    assert all(math.isfinite(r["lm_loss"]) and r["grad_norm"] == 0 for r in read_records(tmp_path / "metrics.jsonl"))
 
 
 def test_a_dense_run_does_not_begin_with_a_model_of_two_paths(tiny, tmp_path):

@@ -54,6 +54,7 @@ def with_model(config: RunConfig, freeze: tuple[str, ...] = (), **fields) -> Run
         (0.5, 2, {}),
         (0.8, 1, {}),
         (0.8, 2, {"refine_width": 32}),
+        (0.0, 1, {"separate": SEPARABLE}),
         (0.5, 1, {"separate": SEPARABLE}),
         (0.8, 1, {"separate": ("ffn",), "freeze": ("text",)}),
         (0.5, 1, {"separate": SEPARABLE, "freeze": ("text",)}),

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from transfusion.llama import their_name
-from transfusion.model.lora import PATHS, LoraConfig
+from transfusion.model.lora import MODULE_OF, LoraConfig
 from transfusion.model.paths import is_adapter, text_twin
-from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion
+from transfusion.model.transformer import PART, SEPARABLE, ModelConfig, Transfusion
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = dict(zip(PATHS, ("", "image_")))  # of a path's parameters
 
 
 def peft_name(name: str) -> str:
@@ -33,7 +32,7 @@ def peft_name(name: str) -> str:
 
 def peft_config(lora: LoraConfig) -> dict:
     """adapter_config.json; PEFT's defaults are left out."""
-    modules = sorted({their_name(f"layers.0.{part_of(name)}.{name}").split(".")[-1] for name in lora.target_modules})
+    modules = sorted(their_name(f"layers.0.{MODULE_OF[name]}.{name}").split(".")[-1] for name in lora.target_modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -44,11 +43,6 @@ def peft_config(lora: LoraConfig) -> dict:
         "target_modules": modules,
         "inference_mode": True,
     }
-
-
-def part_of(matrix: str) -> str:
-    """The module of a layer that a matrix belongs to."""
-    return "feed_forward" if matrix in ("w1", "w2", "w3") else "attention"
 
 
 def adapters_of(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -98,12 +92,12 @@ def merge(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Te
 
     Where both paths share a matrix and their adapters do not, each gets a matrix of its own.
     """
-    adapted = {part_of(name) for name in config.lora.target_modules}
-    parts = {"ffn": "feed_forward", "attention": "attention"}
-    separate = tuple(s for s in SEPARABLE if s in config.separate or parts.get(s) in adapted)
+    adapted = {MODULE_OF[name] for name in config.lora.target_modules}
+    shared = {module for module in adapted if PART[module] not in config.separate}
+    separate = tuple(s for s in SEPARABLE if s in {*config.separate, *(PART[module] for module in shared)})
     merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
-    for part in (parts[s] for s in separate if s not in config.separate):
-        for name in [n for n in merged if f".{part}." in n]:
+    for name in list(merged):
+        if any(f".{module}." in name for module in shared):
             merged[name.removesuffix("weight") + "image_weight"] = merged[name].clone()
     for path in config.lora.paths:
         for name, A in adapters_of(tensors, path).items():

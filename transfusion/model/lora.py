@@ -8,7 +8,11 @@ Each path has its own. On a trunk that both paths share, a path's adapter acts o
 from dataclasses import dataclass
 
 PATHS = ("text", "image")
-TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+MODULE_OF = {
+    **dict.fromkeys(("wq", "wk", "wv", "wo"), "attention"),
+    **dict.fromkeys(("w1", "w2", "w3"), "feed_forward"),
+}
+TARGETS = tuple(MODULE_OF)  # the matrices of a layer
 
 
 @dataclass(frozen=True)

@@ -48,19 +48,22 @@ class Order:
         return torch.empty_like(joined).index_copy_(0, self.at, joined).unflatten(0, self.shape)
 
 
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
 class Linear(nn.Module):
     """y = W x, plus alpha / r B A x where the path has an adapter; W, A and B are those of the path."""
 
     def __init__(self, n_in: int, n_out: int, separate: bool = False, lora: LoraConfig | None = None):
         super().__init__()
-        new = lambda *shape: nn.Parameter(torch.empty(*shape))  # noqa: E731
-        self.weight = new(n_out, n_in)
-        self.image_weight = new(n_out, n_in) if separate else None
+        self.weight = parameter(n_out, n_in)
+        self.image_weight = parameter(n_out, n_in) if separate else None
         self.scale = lora.alpha / lora.r if lora else 0.0
         for path, prefix in zip(PATHS, ("", "image_")):
             adapted = lora is not None and path in lora.paths
-            self.register_parameter(f"{prefix}lora_A", new(lora.r, n_in) if adapted else None)
-            self.register_parameter(f"{prefix}lora_B", new(n_out, lora.r) if adapted else None)
+            self.register_parameter(f"{prefix}lora_A", parameter(lora.r, n_in) if adapted else None)
+            self.register_parameter(f"{prefix}lora_B", parameter(n_out, lora.r) if adapted else None)
 
     def forward(self, x: Tensor, path: int) -> Tensor:
         """[..., n_out] of a stream [..., n_in]."""
@@ -76,8 +79,8 @@ class Norm(nn.Module):
     def __init__(self, dim: int, eps: float, separate: bool = False):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.image_weight = nn.Parameter(torch.empty(dim)) if separate else None
+        self.weight = parameter(dim)
+        self.image_weight = parameter(dim) if separate else None
 
     def forward(self, x: Tensor, path: int) -> Tensor:
         own = path == IMAGE and self.image_weight is not None
@@ -91,4 +94,5 @@ def text_twin(name: str) -> str | None:
 
 
 def is_adapter(name: str) -> bool:
+    """Whether a parameter is a matrix of an adapter."""
     return name.endswith(("lora_A", "lora_B"))

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from transfusion.model import mask as masks
 from transfusion.model.cache import Cache, LayerCache
-from transfusion.model.lora import LoraConfig
+from transfusion.model.lora import MODULE_OF, LoraConfig
 from transfusion.model.patches import LinearPatches
 from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, is_adapter, text_twin
 from transfusion.model.refine import FACTOR, Refine
@@ -25,6 +25,7 @@ from transfusion.model.rope import angles, rotate
 from transfusion.sequence import check_image_positions
 
 SEPARABLE = ("ffn", "attention", "norms")
+PART = {"feed_forward": "ffn", "attention": "attention"}  # module of a layer -> which of SEPARABLE it is
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,8 @@ class ModelConfig:
 
     def linear(self, name: str, n_in: int, n_out: int) -> Linear:
         """The trunk's matrix of that name, with a twin and adapters as the config says."""
-        part = "ffn" if name in ("w1", "w2", "w3") else "attention"
         adapted = self.lora.r > 0 and name in self.lora.target_modules
-        return Linear(n_in, n_out, part in self.separate, self.lora if adapted else None)
+        return Linear(n_in, n_out, PART[MODULE_OF[name]] in self.separate, self.lora if adapted else None)
 
 
 class Attention(nn.Module):
@@ -113,7 +113,13 @@ class Attention(nn.Module):
         return [q, k, v]
 
     def forward(
-        self, streams: list[Tensor], order: Order, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask, cache
+        self,
+        streams: list[Tensor],
+        order: Order,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask,
+        cache: LayerCache | None,
     ) -> list[Tensor]:
         of_streams = [self.heads(x, path) for path, x in enumerate(streams)]
         q, k, v = (order.join(parts).transpose(1, 2) for parts in zip(*of_streams))  # [B, H, L, K]
