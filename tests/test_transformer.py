@@ -8,8 +8,9 @@ import pytest
 import torch
 from random_rows import CHANNELS, FORMATS, PATCH_SIZE, SPECIAL, VOCAB, document, packed
 
+from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import allow, block_mask, dense_mask
-from transfusion.model.transformer import ModelConfig, Transfusion, build_model, parameter_counts
+from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts
 from transfusion.sequence import NONE, collate, lay_out
 
 TINY = {
@@ -27,6 +28,10 @@ OPTIONS = {
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
     "refine": {"refine_width": 4},
+    "separate ffn": {"separate": ("ffn",)},
+    "separate": {"separate": SEPARABLE, "qk_norm": True},
+    "lora": {"lora": LoraConfig(2, alpha=0.1, target_modules=TARGETS)},
+    "lora on text": {"qk_norm": True, "lora": LoraConfig(2, alpha=0.1, paths=("text",))},
     "all": {
         "n_kv_heads": 1,
         "qk_norm": True,
@@ -34,6 +39,8 @@ OPTIONS = {
         "patch_positions": True,
         "time_scale": True,
         "refine_width": 4,
+        "separate": SEPARABLE,
+        "lora": LoraConfig(3, alpha=0.1, target_modules=TARGETS),
     },
     "unet": {"patches": "unet", "unet_width": 4},
     "unet of two stages, all": {
@@ -414,7 +421,7 @@ def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet(option
         ({"image_positions": "spiral"}, "image_positions = 'spiral': choose one of raster, axial"),
         ({"refine_width": 8, "patch_size": 3}, "refine_width = 8, patch_size = 3: set refine_width=0"),
         ({"refine_width": -1}, "refine_width = -1"),
-        ({"patches": "spiral"}, "patches = 'spiral': choose one of linear, unet"),
+        ({"patches": "spiral"}, "patches = 'spiral': choose one of linear, codes, unet"),
         ({"patches": "unet", "patch_size": 16}, "patch_size = 16: .* set patch_size to one of 2, 4, 8, or patches="),
         ({"patches": "unet", "unet_width": 0}, "unet_width = 0, unet_blocks = 2: at least 1"),
         ({"patches": "unet", "unet_blocks": 0}, "unet_width = 64, unet_blocks = 0: at least 1"),

@@ -45,7 +45,7 @@ class Networks(nn.Module):
 
     def __init__(self, codec: CodecConfig, loss: LossConfig, discriminator: DiscriminatorConfig):
         super().__init__()
-        self.autoencoder = build_autoencoder(codec)
+        self.autoencoder = build_autoencoder(codec, torch.get_default_device())
         self.discriminator = Discriminator(discriminator) if loss.gan_weight else None
 
 
