@@ -110,10 +110,11 @@ class ModelConfig:
         """Whether text and patches take different weights anywhere in the trunk."""
         return bool(self.separate or self.lora.r)
 
-    def linear(self, name: str, n_in: int, n_out: int) -> Linear:
-        """The trunk's matrix of that name, with a twin and adapters as the config says."""
-        adapted = self.lora.r > 0 and name in self.lora.target_modules
-        return Linear(n_in, n_out, PART[MODULE_OF[name]] in self.separate, self.lora if adapted else None)
+
+def matrix(config: ModelConfig, name: str, n_in: int, n_out: int) -> Linear:
+    """A layer's matrix of that name, with a twin and adapters as the config says."""
+    adapted = config.lora.r > 0 and name in config.lora.target_modules
+    return Linear(n_in, n_out, PART[MODULE_OF[name]] in config.separate, config.lora if adapted else None)
 
 
 PATCHES = {  # what stands between noisy patches and the transformer, on both sides
@@ -127,10 +128,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = config.linear("wq", config.dim, config.n_heads * config.head_dim)
-        self.wk = config.linear("wk", config.dim, config.kv_heads * config.head_dim)
-        self.wv = config.linear("wv", config.dim, config.kv_heads * config.head_dim)
-        self.wo = config.linear("wo", config.n_heads * config.head_dim, config.dim)
+        self.wq = matrix(config, "wq", config.dim, config.n_heads * config.head_dim)
+        self.wk = matrix(config, "wk", config.dim, config.kv_heads * config.head_dim)
+        self.wv = matrix(config, "wv", config.dim, config.kv_heads * config.head_dim)
+        self.wo = matrix(config, "wo", config.n_heads * config.head_dim, config.dim)
         separate = "attention" in config.separate
         self.q_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
@@ -165,9 +166,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = config.linear("w1", config.dim, config.hidden_dim)
-        self.w3 = config.linear("w3", config.dim, config.hidden_dim)
-        self.w2 = config.linear("w2", config.hidden_dim, config.dim)
+        self.w1 = matrix(config, "w1", config.dim, config.hidden_dim)
+        self.w3 = matrix(config, "w3", config.dim, config.hidden_dim)
+        self.w2 = matrix(config, "w2", config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor, path: int) -> Tensor:
         return self.w2(F.silu(self.w1(x, path)) * self.w3(x, path), path)
