@@ -108,6 +108,8 @@ def test_sizes_that_say_otherwise_are_an_error_that_lists_them(tmp_path):
     config = replace(run_config(folder), model=ModelConfig(dim=64, n_layers=3, rope_base=500.0, patch_size=4))
     with pytest.raises(ValueError, match=r"model\.dim = 64 instead of 32, model\.rope_base = 500\.0 instead of 5000"):
         resolve(config, PIXELS)
+    with pytest.raises(ValueError, match=r"model\.norm = post instead of pre"):
+        resolve(replace(config, model=ModelConfig(norm="post", patch_size=4)), PIXELS)
     with pytest.raises(ValueError, match=r"model\.qk_norm = True instead of False"):
         resolve(replace(config, model=ModelConfig(qk_norm=True, patch_size=4)), PIXELS)
 

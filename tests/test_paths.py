@@ -94,9 +94,10 @@ def with_paths(dense, **options):
 
 
 @pytest.mark.parametrize("separate", [*[(part,) for part in SEPARABLE], SEPARABLE], ids=str)
+@pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_patches_with_a_copy_of_the_text_path_are_the_dense_model(separate, bf16):
-    dense = random_model(qk_norm=True, n_kv_heads=2)
+def test_patches_with_a_copy_of_the_text_path_are_the_dense_model(separate, norm, bf16):
+    dense = random_model(qk_norm=True, n_kv_heads=2, norm=norm)
     model, (b, z, t) = with_paths(dense, separate=separate), row({})
     assert len(model.state_dict()) > len(dense.state_dict())
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -196,6 +196,7 @@ def kept_for_backward(config: RunConfig) -> int:
         {"refine_width": 128},
         UNET | {"unet_width": 32},
         {"separate": SEPARABLE},
+        {"norm": "post"},
     ],
 )
 def test_activations_are_about_what_autograd_keeps(sizes):

@@ -102,7 +102,7 @@ def translate(theirs: dict[str, Any], source: str) -> dict[str, Any]:
     if found:
         raise ValueError(f"{source} is of a model that cannot be loaded: {'; '.join(found)}")
     theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-    return {**sizes, "rope_base": float(theta), "qk_norm": False}
+    return {**sizes, "rope_base": float(theta), "qk_norm": False, "norm": "pre"}
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""The transformer: a Llama trunk (pre-RMSNorm, RoPE, SwiGLU, no biases, untied head) that text and patches share.
+"""The transformer: a Llama trunk (RMSNorm, RoPE, SwiGLU, no biases, untied head) that text and patches share.
 
     h = embed(tokens), with patches.encode(z, t) at the patch positions            (linear, or half a U-Net)
-    h = h + attention(norm(h));  h = h + w2(silu(w1 x) * w3 x), x = norm(h)         for each layer
+    h = h + attention(norm(h));  h = h + ffn(norm(h)), ffn(x) = w2(silu(w1 x) * w3 x)   for each layer
+    h = h + norm(attention(h));  h = h + norm(ffn(h))                                   instead, with norm = "post"
     logits = output(norm(h)) at the text positions asked for;  predictions = patches.decode(norm(h)) at the patches
 
 The model is pure: it draws no noise, computes no loss and does not know what a prediction means.
@@ -25,6 +26,7 @@ from transfusion.model.rope import angles, rotate
 from transfusion.model.unet import STAGES, UNetPatches
 from transfusion.sequence import Batch, check_image_positions
 
+NORMS = ("pre", "post")
 SEPARABLE = ("ffn", "attention", "norms")
 PART = {"feed_forward": "ffn", "attention": "attention"}  # module of a layer -> which of SEPARABLE it is
 
@@ -43,6 +45,7 @@ class ModelConfig:
     channels: int = 0  # 0 = the codec's
     sides: int = 0  # > 0: images are written with their size, each side at most so many patches
     rope_base: float = 10000.0
+    norm: str = "pre"  # of a layer: before attention and feed-forward; or "post", behind them, as in Swin and Chameleon
     norm_eps: float = 1e-5
     qk_norm: bool = False
     separate: tuple[str, ...] = ()  # what patches have weights of their own for (MoT): some of SEPARABLE
@@ -68,12 +71,19 @@ class ModelConfig:
                 f"refine_width = {self.refine_width}, patch_size = {self.patch_size}: set refine_width=0 for none; "
                 "above 0 it wants an even patch_size"
             )
+        if self.norm not in NORMS:
+            raise ValueError(f"norm = {self.norm!r}: choose one of {', '.join(NORMS)}")
         if len(set(self.separate)) < len(self.separate) or not set(self.separate) <= set(SEPARABLE):
             raise ValueError(f"separate = {list(self.separate)}: choose some of {', '.join(SEPARABLE)}, each once")
         if self.patches not in PATCHES:
             raise ValueError(f"patches = {self.patches!r}: choose one of {', '.join(PATCHES)}")
         if self.patches == "codes" and (self.patch_size > 1):
             raise ValueError(f"patches = 'codes', patch_size = {self.patch_size}: a code is a cell; set patch_size=1")
+        if self.patches == "codes" and (self.separate or (self.lora.r and "image" in self.lora.paths)):
+            raise ValueError(
+                f"patches = 'codes', separate = {list(self.separate)}, lora.paths = {list(self.lora.paths)}: codes are "
+                "tokens, which go through the text path; set separate=[], lora.paths=text"
+            )
         if self.patches == "unet":
             if self.patch_size not in STAGES:
                 raise ValueError(
@@ -177,7 +187,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        separate = "norms" in config.separate
+        self.post, separate = config.norm == "post", "norms" in config.separate
         self.attention_norm = Norm(config.dim, config.norm_eps, separate)
         self.attention = Attention(config)
         self.ffn_norm = Norm(config.dim, config.norm_eps, separate)
@@ -192,6 +202,10 @@ class Block(nn.Module):
         mask: Tensor | BlockMask,
         cache: LayerCache | None = None,
     ) -> list[Tensor]:
+        if self.post:
+            x = self.attention(streams, order, cos, sin, mask, cache)
+            streams = [h + self.attention_norm(a.float(), path) for path, (h, a) in enumerate(zip(streams, x))]
+            return [h + self.ffn_norm(self.feed_forward(h, path).float(), path) for path, h in enumerate(streams)]
         x = [self.attention_norm(h, path) for path, h in enumerate(streams)]
         streams = [h + a for h, a in zip(streams, self.attention(x, order, cos, sin, mask, cache))]
         return [h + self.feed_forward(self.ffn_norm(h, path), path) for path, h in enumerate(streams)]
