@@ -61,6 +61,7 @@ def test_gradients_pass_straight_through_to_the_vectors_and_the_codebook_learns_
 def test_codes_that_are_never_met_become_vectors_of_the_batch_and_used_ones_stay():
     torch.manual_seed(0)
     book = Codebook(6, 4)
+    book.use.fill_(1.0)
     before = book.embedding.weight.detach().clone()
     met = torch.tensor([0, 1, 2]).repeat(9)[:25].repeat(3, 1).view(3, 5, 5)
     e = vectors()

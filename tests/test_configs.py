@@ -136,12 +136,11 @@ def test_linear_patches_of_any_side_add_what_the_paper_prints(k):
 @pytest.mark.parametrize("path", CODECS, ids=lambda path: path.stem)
 def test_a_shipped_config_of_a_codec_builds_its_networks(path):
     config = load_config(CodecRunConfig, path)
-    with torch.device("meta"):
-        networks = Networks(config.codec, config.loss, config.discriminator)
-        x = torch.empty(1, 3, config.data.image_size, config.data.image_size)
-    vectors = networks.autoencoder.encode(x)  # of Gaussians mean and deviation; the bottleneck changes no other size
-    out = networks.autoencoder.decode(vectors[:, : networks.autoencoder.config.channels])
-    assert out.shape == x.shape
+    networks = Networks(config.codec, config.loss, config.discriminator, "meta")
+    x = torch.empty(1, 3, config.data.image_size, config.data.image_size, device="meta")
+    ae, side = networks.autoencoder, config.data.image_size // config.codec.factor
+    assert ae.encode(x).shape[2:] == (side, side)
+    assert ae.decode(torch.empty(1, config.codec.channels, side, side, device="meta")).shape == x.shape
     assert (networks.discriminator is None) == (config.loss.gan_weight == 0)
 
 

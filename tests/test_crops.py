@@ -47,6 +47,18 @@ def test_images_are_mirrored_as_often_as_asked_for():
         assert least <= sum(mirrored) <= most
 
 
+def test_channels_change_places_in_every_way_as_often_as_asked_for():
+    image = np.tile(np.array([1, 2, 3], np.uint8), (1, 4, 4, 1))
+    orders = {}
+    for share in (0.0, 0.5, 1.0):
+        c = Crops(CropConfig(image_size=4, recolour=share), {"train": image})
+        found = [c.image(0, k) for k in range(200)]
+        assert all((one == one[0, 0]).all() for one in found)
+        orders[share] = [tuple(one[0, 0].tolist()) for one in found]
+    assert set(orders[0.0]) == {(1, 2, 3)} and len(set(orders[1.0])) == 6
+    assert orders[1.0].count((1, 2, 3)) < 60 < orders[0.5].count((1, 2, 3)) < 160
+
+
 def test_centres_are_the_middle_of_images_spread_over_the_split():
     c = crops(image_size=4)
     found = c.centres("train", 3)

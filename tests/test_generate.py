@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from random_rows import PATCH_DIM, SPECIAL, VOCAB
 from test_transformer import OPTIONS, random_model
 
+from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import DataConfig, caption_then_image, image_then_caption
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
@@ -23,7 +24,7 @@ from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, set_lr
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
-from transfusion.sequence import Format, Image, Text, collate, image_length, lay_out, unpatchify
+from transfusion.sequence import Codes, Image, Text, collate, image_length, lay_out, unpatchify
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,-0123"
 FIRST = 6  # id of the first letter; VOCAB = 40 = FIRST + 34
@@ -46,7 +47,7 @@ class Letters:
 SAMPLE = SampleConfig(steps=4, guidance=3.0)
 
 
-def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, **options) -> Engine:
+def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, codec=None, **options) -> Engine:
     """An engine of a random model whose every parameter matters."""
     model = random_model(**options)
     config = RunConfig(
@@ -57,7 +58,7 @@ def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE,
         train=TrainConfig(seq_len=seq_len),
         sample=sample,
     )
-    return Engine(model, Letters(), config)
+    return Engine(model, Letters(), config, codec)
 
 
 def picture(seed: int) -> PIL.Image.Image:
@@ -449,6 +450,85 @@ def test_a_size_is_written_so_that_the_image_fits(seq_len):
         assert "i" in kinds(answer) and len(lay_out([*engine.open("ab"), *answer], engine.fmt)) <= seq_len
 
 
+# ---- images as codes ----
+
+CODES = 7
+CODEBOOK = np.random.default_rng(3).standard_normal((CODES, 3)).astype(np.float32)
+DISCRETE = replace(
+    PIXELS,
+    limit=None,
+    codes=CODES,
+    quantize=lambda z: np.square(z[:, None] - CODEBOOK[None, :, :, None, None]).sum(2).argmin(1),
+    lookup=lambda codes: CODEBOOK[codes].transpose(0, 3, 1, 2),
+)
+
+
+def code_engine(**options) -> Engine:
+    """An engine of a model that writes images, 4 x 4 of one cell each, as codes."""
+    sides = options.get("sides", 0)
+    sizes = {"patches": "codes", "patch_size": 1, "vocab_size": VOCAB + sides + CODES}
+    return engine_of(codec=DISCRETE, **{**sizes, **options})
+
+
+def slow_codes(engine, document, text: float, image: float = 1.0, grid=(SIZE, SIZE)) -> np.ndarray:
+    """[h, w] the likeliest codes of the image that continues a document, one whole pass a code and branch."""
+    codes, fmt = np.zeros(grid, np.int64), engine.fmt
+    images = [s for s in document if isinstance(s, Codes)]
+    prefixes = ([*document], [document[0], *images], [document[0]])
+    for i in range(codes.size):
+        branches = []
+        for prefix in prefixes:
+            s = lay_out([*prefix, Codes(codes)], fmt)
+            at = len(s) - 2 - (codes.size - i)  # the position whose next token is code i
+            branches.append(whole(engine, [*prefix, Codes(codes)])[0][at])
+        cond, seen, nothing = branches
+        guided = nothing + image * (seen - nothing) + text * (cond - seen)
+        if not images:
+            guided = nothing + text * (cond - nothing)
+        codes.flat[i] = int(guided[fmt.first_code :].argmax())
+    return codes
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.5)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"image_positions": "axial", "sides": 4}], ids=["raster", "axial, sized"])
+def test_codes_are_the_likeliest_of_whole_passes_guided_on_their_logits(guidance, options):
+    engine = code_engine(**options)
+    text, image = guidance
+    sampling = replace(engine.config.sample, temperature=0, guidance=text, image_guidance=image)
+    for prompt in (["abc"], ["ab", picture(0), "cd"]):
+        document = engine.open(prompt)
+        ((drawn,),) = engine.complete([document], "draw", [7], sampling, [(2, 3)])
+        assert isinstance(drawn, Codes)
+        np.testing.assert_array_equal(drawn.codes, slow_codes(engine, document, text, image, (2, 3)))
+
+
+def test_a_model_of_codes_writes_text_then_an_image_then_text_and_each_comes_out_as_alone():
+    engine = code_engine(seq_len=80)
+    rig(engine, lambda r, n: [FIRST + 3, SPECIAL.boi, *[engine.fmt.first_code + 2] * 16, FIRST + 5, SPECIAL.eos][n])
+    seen, document = spy_on_writes(engine), engine.open("ab")
+    ((letter, image, after),) = engine.complete([document], "auto", [0], engine.config.sample)
+    assert (image.codes == 2).all() and image.codes.shape == (4, 4)
+    for logits, prefix in ((seen[0], []), (seen[1], [letter]), (seen[-2], [letter, image])):
+        close(logits, whole(engine, [*document, *prefix])[0][-1])
+    close(seen[-1], whole(engine, [*document, letter, image, after])[0][-1])
+
+
+def test_drawings_as_codes_are_pictures_the_same_alone_and_beside_others():
+    engine = code_engine()
+    together = engine.draw(["ab", "cd", "efg"], seed=5, guidance=2.0)
+    for i, prompt in enumerate(("ab", "cd", "efg")):
+        assert together[i].size == (SIZE, SIZE)
+        alike([together[i]], engine.draw([prompt], seed=5 + i, guidance=2.0))
+    assert engine.caption([picture(0)], max_tokens=3)[0] is not None
+    with pytest.raises(ValueError, match="writes images as codes"):
+        engine.inpaint([picture(0)], [picture(1)], ["a"])
+
+
+def test_a_model_of_codes_wants_a_codec_with_a_codebook():
+    with pytest.raises(ValueError, match="wants a codec with a codebook, and pixels has none"):
+        engine_of(patches="codes", patch_size=1, vocab_size=VOCAB + CODES)
+
+
 # ---- editing ----
 
 
@@ -565,30 +645,28 @@ def motifs() -> np.ndarray:
     return images.repeat(4, 1).repeat(4, 2).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def memorised() -> Engine:
-    """A model that has learnt four captioned 16-pixel images by heart, by the training's own functions."""
+def learned_by_heart(images, **options) -> Engine:
+    """A model that has learnt four captioned images by heart, by the training's own functions.
+
+    With `sides` it writes their sizes; then captions read clean copies of them.
+    """
     torch.manual_seed(0)
-    images, tokenizer, steps = motifs(), Letters(), 450
-    sizes = ModelConfig(
-        dim=64, n_layers=2, n_heads=4, ffn_dim=128, vocab_size=VOCAB, patch_size=8, channels=3, time_scale=True
-    )
-    model = build_model(sizes)
-    data, train = DataConfig(image_size=16), TrainConfig(seq_len=32)
+    tokenizer, steps, sides = Letters(), 450, options.get("sides", 0)
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "ffn_dim": 128, "vocab_size": VOCAB + sides, "channels": 3}
+    model = build_model(ModelConfig(**sizes, patch_size=8, time_scale=True, **options))
     diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow", data_variance=0.5)
     sample = SampleConfig(steps=10, solver="euler", guidance=1.5, temperature=0)
-    engine = Engine(
-        model, tokenizer, RunConfig(model=model.config, data=data, diffusion=diffusion, train=train, sample=sample)
-    )
+    buckets = tuple(dict.fromkeys(f"{image.shape[0]}x{image.shape[1]}" for image in images))
+    parts = {"data": DataConfig(buckets=buckets), "diffusion": diffusion, "train": TrainConfig(seq_len=32)}
+    engine = Engine(model, tokenizer, RunConfig(model=model.config, sample=sample, **parts))
     optim = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.0)
-    fmt, optimizers = Format(SPECIAL, 8), build_optimizers(model, optim)
-    rows = []
+    optimizers, rows = build_optimizers(model, optim), []
     for caption, image in zip(CAPTIONS, images):
         ids, latents = np.array(tokenizer.encode(caption)), engine.codec.encode(image[None])[0]
         rows += [caption_then_image(SPECIAL, ids, Image(latents))] * 2
         rows += [caption_then_image(SPECIAL, ids[:0], Image(latents))]
-        rows += [image_then_caption(SPECIAL, ids, Image(latents, 0.5))]
-    batch = collate([[lay_out(d, fmt)] for d in rows * 2], 32, fmt)
+        rows += [image_then_caption(SPECIAL, ids, Image(latents, 1.0 if sides else 0.5, copy=bool(sides)))]
+    batch = collate([[lay_out(d, engine.fmt)] for d in rows * 2], 40, engine.fmt)
     for step in range(steps):
         set_lr(optimizers, step, steps, optim)
         lm, image = losses(model, batch, draw_noise(batch, diffusion, 0, step), diffusion)
@@ -599,6 +677,11 @@ def memorised() -> Engine:
         for optimizer in optimizers:
             optimizer.step()
     return engine
+
+
+@pytest.fixture(scope="module")
+def memorised() -> Engine:
+    return learned_by_heart(motifs())
 
 
 def errors(drawn, images) -> np.ndarray:
@@ -628,6 +711,18 @@ def test_a_model_that_memorised_captions_goes_on_from_a_caption_to_its_image_by_
     together = memorised.generate(CAPTIONS, mode="auto")
     assert [kinds(answer) for answer in together] == ["i"] * 4  # <boi>, the image, <eoi>, then <eos>
     assert errors([a[0] for a in together], motifs()).argmin(1).tolist() == [0, 1, 2, 3]
+
+
+def test_a_model_that_memorised_images_of_several_sizes_writes_the_size_draws_it_and_reads_it():
+    a, b, c, d = motifs()
+    images = [a, np.concatenate([b, b[:8]]), c[:8], np.concatenate([d, a], 1)[:8, :24]]
+    engine = learned_by_heart(images, sides=3, image_positions="axial")
+    for answers in (engine.generate(CAPTIONS, mode="draw", seed=3), engine.generate(CAPTIONS, mode="auto", seed=4)):
+        drawn = [answer[0] for answer in answers]
+        assert [np.asarray(x).shape for x in drawn] == [x.shape for x in images]
+        for one, real in zip(drawn, images):
+            assert errors([one], [real])[0, 0] < 0.02
+    assert engine.caption([PIL.Image.fromarray(image) for image in images]) == CAPTIONS
 
 
 def test_a_bare_image_is_a_prompt_and_a_prompt_that_is_no_list_of_prompts_is_refused():

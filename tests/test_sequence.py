@@ -23,6 +23,7 @@ from random_rows import (
 
 from transfusion.sequence import (
     NONE,
+    Codes,
     Format,
     Image,
     Text,
@@ -178,6 +179,64 @@ def test_image_length_is_the_length_that_lay_out_gives(grid, fmt, sides, copy):
     fmt = replace(fmt, text_tokens=VOCAB, sides=sides)
     image = document(np.random.default_rng(0), [(*grid, "copy") if copy else grid])
     assert image_length(grid, fmt, copy) == len(lay_out(image, fmt))
+
+
+# -- variants of an image
+
+IDS = Format(SPECIAL, PATCH_SIZE, text_tokens=40, sides=3, codes=9)
+WORD, DOG, CAT = (Text(np.array(ids)) for ids in ([7], [8, 9], [10]))
+
+
+def latents(rows=2, columns=1, value=1.0):
+    return np.full((3, rows * PATCH_SIZE, columns * PATCH_SIZE), value, np.float32)
+
+
+def test_a_size_is_written_as_two_targets_before_the_image():
+    s = lay_out([WORD, Image(latents()), DOG], replace(IDS, codes=0))
+    assert s.tokens.tolist() == [7, 3, 41, 40, 5, 5, 4, 8, 9]  # <boi> <2> <1> # # <eoi>
+    assert s.target.tolist() == [3, 41, 40, -1, -1, -1, 8, 9, -1]
+    with pytest.raises(ValueError, match=r"a side of 4 patches cannot be written: model.sides = 3"):
+        lay_out([Image(latents(4))], IDS)
+
+
+def test_a_clean_copy_stands_behind_the_image_at_its_places_and_the_noised_one_is_hidden():
+    for fmt in FORMATS.values():
+        s = lay_out([WORD, Image(latents(), 0.5, copy=True), DOG], fmt)
+        plain = lay_out([WORD, Image(latents(), 0.5), DOG], fmt)
+        assert s.tokens.tolist() == [7, 3, 5, 5, 5, 5, 4, 8, 9]
+        assert s.image.tolist() == [-1, -1, 0, 0, 1, 1, -1, -1, -1]
+        assert s.hidden.tolist() == [False, False, True, True] + [False] * 5
+        assert s.t_max.tolist() == [0.5, 0.0] and s.grids == ((2, 1), (2, 1)) and len(s.patches) == 4
+        assert s.place[[0, 1, 2, 3, 6, 7, 8]].tolist() == plain.place.tolist()
+        assert s.place[4:6].tolist() == s.place[2:4].tolist()
+        assert [t for t in s.target.tolist() if t != NONE] == [t for t in plain.target.tolist() if t != NONE]
+
+
+def test_what_is_given_is_no_target_and_what_follows_it_is():
+    given = Image(latents(), 0.0)
+    s = lay_out([WORD, given, Text(np.array([8, 9]), learn=False), Image(latents()), CAT], IDS)
+    tokens = s.tokens.tolist()
+    assert [(i, t) for i, t in enumerate(s.target.tolist()) if t != NONE] == [
+        (tokens.index(9), 3), (tokens.index(9) + 1, 41), (tokens.index(9) + 2, 40), (len(s) - 2, 10)
+    ]  # fmt: skip
+    batch = collate([[s]], len(s), IDS)
+    assert batch.n_images == 1 and batch.t_max.tolist() == [0.0, 1.0]
+
+
+def test_codes_are_causal_tokens_and_targets_from_boi_on_at_the_places_of_patches():
+    codes = np.array([[3, 0], [8, 1]])
+    for fmt, patches in ((replace(IDS, sides=0, image_positions=name), FORMATS[name]) for name in FORMATS):
+        s = lay_out([WORD, Codes(codes), CAT], fmt)
+        assert s.tokens.tolist() == [7, 3, 43, 40, 48, 41, 4, 10]
+        assert s.target.tolist() == [3, 43, 40, 48, 41, -1, 10, -1]
+        assert (s.image == NONE).all() and not s.patches.size and s.grids == ()
+        assert s.place.tolist() == lay_out([WORD, Image(latents(2, 2)), CAT], patches).place.tolist()
+    given = lay_out([WORD, Codes(codes, learn=False), CAT], fmt)
+    assert given.target.tolist() == [-1] * 6 + [10, -1]
+
+
+def test_ids_of_text_sides_and_codes_follow_each_other():
+    assert [IDS.side(n) for n in (1, 3)] == [40, 42] and IDS.first_code == 43 and IDS.vocab_size == 52
 
 
 # -- packing

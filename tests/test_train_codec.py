@@ -141,6 +141,15 @@ def test_before_its_step_the_discriminator_neither_learns_nor_is_heard():
     assert not torch.equal(*(f["autoencoder.decoder.conv_out.weight"] for f in found))
 
 
+@pytest.mark.parametrize("codec", [KL, VQ], ids=["kl", "vq"])
+def test_training_in_bf16_stays_near_training_in_fp32(tiny, tmp_path, codec):
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        train_codec(with_train(replace(tiny, codec=codec), steps=5, precision=precision), tmp_path / precision)
+        runs[precision] = [r["l1"] for r in records(tmp_path / precision)]
+    assert runs["bf16"] != runs["fp32"] and runs["bf16"] == pytest.approx(runs["fp32"], rel=0.1)
+
+
 def test_a_run_without_a_discriminator_has_none(tiny, tmp_path):
     saved = train_codec(with_train(replace(tiny, loss=LossConfig(gan_weight=0.0)), steps=2), tmp_path)
     assert not any(name.startswith("discriminator") for name in load_file(saved / "model.safetensors"))

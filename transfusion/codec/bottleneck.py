@@ -40,7 +40,9 @@ class Codebook(nn.Module):
     def __init__(self, codes: int, dim: int):
         super().__init__()
         self.embedding = nn.Embedding(codes, dim)
-        self.register_buffer("use", torch.ones(codes))  # 1 where a code is met as often as the mean one
+        # 1 where a code is met as often as the mean one. All begin unused, so that the first batches' vectors become
+        # the codes: to random ones, far away, all vectors would be drawn together until nothing tells them apart.
+        self.register_buffer("use", torch.zeros(codes))
 
     def forward(self, vectors: Tensor, eps: Tensor | None = None) -> Latent:
         e = F.normalize(vectors.float(), dim=1)

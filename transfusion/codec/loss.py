@@ -43,10 +43,17 @@ class LossConfig:
 class Networks(nn.Module):
     """What is trained: an autoencoder and, where it is asked for, its discriminator."""
 
-    def __init__(self, codec: CodecConfig, loss: LossConfig, discriminator: DiscriminatorConfig):
+    def __init__(
+        self,
+        codec: CodecConfig,
+        loss: LossConfig,
+        discriminator: DiscriminatorConfig,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
-        self.autoencoder = build_autoencoder(codec, torch.get_default_device())
-        self.discriminator = Discriminator(discriminator) if loss.gan_weight else None
+        with torch.device(device):
+            self.autoencoder = build_autoencoder(codec, device)
+            self.discriminator = Discriminator(discriminator) if loss.gan_weight else None
 
 
 class Terms(NamedTuple):

@@ -21,12 +21,14 @@ class CropConfig:
     image_size: int = 64
     load_size: int = 0  # pixels a side as loaded, of which a random square of image_size is cut out; 0 = image_size
     flips: float = 0.0  # how often an image is mirrored, left to right
+    recolour: float = 0.0  # how often its colour channels change places, so that rare hues are learned like common ones
 
     def __post_init__(self):
         if not self.images:
             raise ValueError("data.images is empty: name a folder of pictures, or emoji")
-        if not 0 <= self.flips <= 1:
-            raise ValueError(f"data.flips = {self.flips} is a share: give a number from 0 to 1")
+        for name in ("flips", "recolour"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} = {getattr(self, name)} is a share: give a number from 0 to 1")
         if self.load_size and self.load_size < self.image_size:
             raise ValueError(f"data.load_size = {self.load_size} is below data.image_size = {self.image_size}")
 
@@ -50,7 +52,9 @@ class Crops:
         rng = np.random.default_rng((seed, 2, k))
         top, left = rng.integers(0, image.shape[0] - c.image_size, 2, endpoint=True)
         image = image[top : top + c.image_size, left : left + c.image_size]
-        return image[:, ::-1] if rng.random() < c.flips else image
+        if rng.random() < c.flips:
+            image = image[:, ::-1]
+        return image[:, :, rng.permutation(3)] if rng.random() < c.recolour else image
 
     def centres(self, split: str, n: int) -> np.ndarray:
         """[n or fewer, image_size, image_size, 3] uint8: the middle of images spread evenly over a split."""

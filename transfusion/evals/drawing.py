@@ -4,7 +4,8 @@
 
 Distances are L2 between pixels and, where weights are given, between EfficientNet-Lite features. A caption's rank is
 the number of real images closer than the closest that carries it, duplicates of which count as carrying it too; top-k
-is a rank below k. Chance is what a random order of the real images gives.
+is a rank below k. Chance is what a random order of the real images gives. FD-EffNet compares all drawings of a split
+with the real images of their captions, as sets of features.
 """
 
 import math
@@ -20,6 +21,7 @@ from transfusion.data.documents import Corpus
 from transfusion.data.images import Size
 from transfusion.evals.config import SPLITS, EvalConfig, chosen
 from transfusion.evals.features import efficientnet
+from transfusion.evals.frechet import frechet_distance
 from transfusion.evals.interval import wilson
 from transfusion.generate import Engine
 from transfusion.sheet import contact_sheet
@@ -96,7 +98,11 @@ def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
         drawn, right = of_one_size(draw(engine, texts, config), size), carriers(corpus, texts)
         yield f"drawing/{split}/n", n
         for space, embed in spaces.items():
-            rank = ranks(squared_distances(embed(drawn), real_in[space]), right)
+            embedded = embed(drawn)
+            if space == "feature" and n > 1:
+                wanted = embed(of_one_size([captions.images[i] for i in numbers], size))
+                yield f"drawing/{split}/fd_effnet", frechet_distance(embedded, wanted)
+            rank = ranks(squared_distances(embedded, real_in[space]), right)
             for k in TOP:
                 hits = int((rank < k).sum())
                 low, high = wilson(hits, n)

@@ -1,0 +1,169 @@
+"""A study: every arm of a grid trained from several seeds at the same FLOPs, evaluated, one JSON line a run.
+
+    python bench/study.py bench/studies/paper.toml            # trains what is missing, then prints the table
+    python bench/study.py bench/studies/paper.toml --table    # only the table
+
+A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, and runs may be split
+among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its own FLOPs (transfusion/plan.py), so
+arms of unequal cost a step get unequal steps. Arms are compared seed by seed: the mean difference to the arm that each
+is measured against, with the 95 % interval of Student's t over the seeds.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+from transfusion.config import load_config
+from transfusion.plan import count_flops
+from transfusion.run import RunConfig, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by seeds - 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a run changes, and which arm it is measured against ("" = none)."""
+
+    set: tuple[str, ...] = ()  # overrides of the base config
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs."""
+
+    base: str  # a config
+    flops: float  # of each run, forward and backward
+    out: str  # folder of the runs, and of results.jsonl
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    eval: tuple[str, ...] = ()  # overrides of `transfusion eval`
+    report: tuple[str, ...] = ()  # names of the numbers that the table shows
+    only: tuple[str, ...] = ()  # arms; () = all
+    set: tuple[str, ...] = field(default=())  # overrides for all arms
+
+    def __post_init__(self):
+        for name, arm in self.arms.items():
+            if arm.against and arm.against not in self.arms:
+                raise ValueError(f"arm {name!r} is against {arm.against!r}, which is none of {', '.join(self.arms)}")
+        for name in self.only:
+            if name not in self.arms:
+                raise ValueError(f"only = {name!r} is none of the arms: {', '.join(self.arms)}")
+
+
+def results(study: Study) -> dict[tuple[str, int], dict]:
+    """(arm, seed) -> its line, of all runs on record."""
+    file = Path(study.out) / "results.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {(r["arm"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def overrides_of(study: Study, arm: str, seed: int) -> list[str]:
+    """What the run changes in the base config, steps included."""
+    given = [*study.set, *study.arms[arm].set, f"seed={seed}"]
+    config = resolve(load_config(RunConfig, study.base, [*given, "train.steps=1"]))
+    steps = round(study.flops / sum(count_flops(config).values()))
+    if not steps:
+        raise ValueError(f"flops = {study.flops:g} is less than half a step of {arm!r}: raise it")
+    return [*given, f"train.steps={steps}"]
+
+
+def run(study: Study, arm: str, seed: int) -> dict:
+    """Trains and evaluates one run; its line of results."""
+    folder = Path(study.out) / f"{arm.replace(' ', '-')}-{seed}"
+    overrides, start = overrides_of(study, arm, seed), time.perf_counter()
+    resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
+    command = [sys.executable, "-m", "transfusion.cli"]
+    subprocess.run([*command, "train", study.base, *overrides, f"out={folder}", *resume], check=True)
+    seconds = time.perf_counter() - start
+    subprocess.run([*command, "eval", str(folder), *study.eval, "--json", str(folder / "eval.json")], check=True)
+    config = load_config(RunConfig, folder / "config.toml")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "set": overrides,
+        "steps": config.train.steps,
+        "flops": config.train.steps * sum(count_flops(config).values()),
+        "seconds": round(seconds, 1),
+        "resumed": bool(resume),
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+        "results": json.loads((folder / "eval.json").read_text()),
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % interval by Student's t); of one value the half is nan."""
+    if len(values) < 2:
+        return fmean(values), math.nan
+    return fmean(values), T95[min(len(values) - 1, max(T95))] * stdev(values) / math.sqrt(len(values))
+
+
+def table(study: Study) -> Iterator[str]:
+    """Markdown: of each arm the mean of each number over its seeds, then its differences to what it is against."""
+    found = results(study)
+    names = [name for name in study.report if any(name in r["results"] for r in found.values())]
+    head = "| arm | seeds | steps | " + " | ".join(names) + " |"
+    yield head
+    yield "|" + "---|" * (len(names) + 3)
+    for arm in study.arms:
+        runs = [found[arm, seed] for seed in study.seeds if (arm, seed) in found]
+        if runs:
+            cells = [cell([r["results"].get(name) for r in runs]) for name in names]
+            yield f"| {arm} | {len(runs)} | {fmean(r['steps'] for r in runs):.0f} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "| difference | seeds | " + " | ".join(names) + " |"
+    yield "|" + "---|" * (len(names) + 2)
+    for name, arm in study.arms.items():
+        seeds = [s for s in study.seeds if (name, s) in found and (arm.against, s) in found]
+        if seeds:
+            pairs = [(found[name, s]["results"], found[arm.against, s]["results"]) for s in seeds]
+            cells = [cell([a[n] - b[n] if n in a and n in b else None for a, b in pairs], "+") for n in names]
+            yield f"| {name} - {arm.against} | {len(seeds)} | " + " | ".join(cells) + " |"
+
+
+def cell(values: list[float | None], sign: str = "") -> str:
+    """ "0.123 +- 0.004", or nothing where a number is missing."""
+    if None in values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:{sign}.4g} +- {half:.2g}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train, evaluate and compare a grid of runs.")
+    parser.add_argument("study", type=Path, metavar="STUDY.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. only=causal seeds=0 out=runs/mine")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    try:
+        study = load_config(Study, args.study, args.overrides)
+        for seed in study.seeds if not args.table else []:
+            for arm in study.only or study.arms:
+                if (arm, seed) in results(study):
+                    continue
+                print(f"== {arm}, seed {seed}", flush=True)
+                line = run(study, arm, seed)
+                with (Path(study.out) / "results.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        print("\n".join(table(study)))
+    except (ValueError, OSError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

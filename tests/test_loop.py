@@ -1,0 +1,78 @@
+"""The loop by itself: what it calls at which step, with any model; trainings of models and codecs test the rest."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from transfusion import loop
+from transfusion.checkpoint import latest_checkpoint
+from transfusion.config import to_dict
+from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
+from transfusion.metrics import MetricsConfig, read_records
+from transfusion.optim import OptimConfig, build_optimizers
+
+
+@pytest.fixture(autouse=True)
+def plain_config(monkeypatch):
+    """Lets a bare namespace be a config."""
+    monkeypatch.setattr(loop.configs, "to_dict", lambda c: {} if isinstance(c, SimpleNamespace) else to_dict(c))
+
+
+def config(**train) -> SimpleNamespace:
+    intervals = {"steps": 7, "log_every": 1, "sample_every": 3, "save_every": 4, "max_bad_steps": 2, "keep": 9} | train
+    optim = OptimConfig(lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.0, ema=0.5)
+    return SimpleNamespace(train=SimpleNamespace(**intervals), optim=optim, metrics=MetricsConfig(("jsonl",)))
+
+
+def run(folder, c, resume=False):
+    """Trains one number towards the batch's; returns (checkpoint, weights seen by each sample, batches computed)."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+    optimizers = build_optimizers(model, c.optim)
+    found = find_checkpoint(folder, resume)
+    training = restore(found, model, optimizers, c) if found else start(model, optimizers, c)
+    sampled, computed = [], []
+
+    def compute(step, batch):
+        computed.append((step, batch))
+        model.weight.grad = torch.sign(model.weight.detach() - batch)
+        return Step(model.weight.grad.norm(), {"images": 2}, lambda: {"loss": float(batch)})
+
+    saved = run_steps(
+        folder,
+        c,
+        training,
+        (10.0 * s for s in range(training.step, c.train.steps)),
+        compute,
+        lambda path: sampled.append((path.name, model.weight.item())),
+    )
+    return saved, sampled, computed, model, training
+
+
+def test_every_batch_is_computed_once_and_each_interval_kept(tmp_path):
+    saved, sampled, computed, _, training = run(tmp_path, config())
+    assert computed == [(s, 10.0 * s) for s in range(7)]
+    assert [name for name, _ in sampled] == ["step_00000003.png", "step_00000006.png"]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000004", "step_00000007"]
+    assert saved == training.saved == latest_checkpoint(tmp_path / "checkpoints")
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["loss"], r["skipped"]) for r in records] == [(s + 1, 10.0 * s, 0) for s in range(7)]
+    assert all(r["images_per_second"] > 0 and r["lr"] == pytest.approx(0.1) for r in records)
+
+
+def test_samples_see_the_average_and_the_model_has_its_own_weights_after(tmp_path):
+    _, sampled, _, model, training = run(tmp_path, config(sample_every=7))
+    assert sampled[0][1] == pytest.approx(training.ema[0].item())
+    assert model.weight.item() != pytest.approx(training.ema[0].item())
+
+
+def test_a_resumed_loop_begins_with_the_next_step(tmp_path):
+    whole = run(tmp_path / "whole", config())[3].weight.item()
+    run(tmp_path / "cut", config(steps=4))
+    _, _, computed, model, _ = run(tmp_path / "cut", config(), resume=True)
+    assert [step for step, _ in computed] == [4, 5, 6] and model.weight.item() == whole
+    with pytest.raises(ValueError, match="--resume"):
+        run(tmp_path / "cut", config())
