@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from transfusion.checkpoint import load_weights
 from transfusion.cli import main
 from transfusion.codec.autoencoder import build_autoencoder
 from transfusion.codec.bottleneck import COMMITMENT
@@ -13,9 +14,10 @@ from transfusion.codec.codec import PIXELS, patch_grid
 from transfusion.codec.load import load_codec
 from transfusion.codec.loss import Networks
 from transfusion.config import load_config
-from transfusion.model.transformer import build_model, parameter_counts
-from transfusion.run import RunConfig, format_of, resolved
-from transfusion.tokenizer import load_tokenizer
+from transfusion.model.paths import is_adapter
+from transfusion.model.transformer import SEPARABLE, build_model, parameter_counts
+from transfusion.pretrained import find
+from transfusion.run import RunConfig, resolve
 from transfusion.train_codec import CodecRunConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -35,15 +37,14 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.ste
 
 
 def load(path: Path) -> RunConfig:
-    """The config, with what follows from tokenizer and codec filled in."""
-    config, tokenizer = load_config(RunConfig, path), load_tokenizer()
-    codec = KL if config.data.codec == KL.name else load_codec(config.data.codec)
-    return resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
+    """The config, with what follows from tokenizer, codec and Llama filled in."""
+    config = load_config(RunConfig, path)
+    return resolve(config, KL if config.data.codec == KL.name else load_codec(config.data.codec))
 
 
 def test_there_are_configs_to_test():
     papers = {f"paper-{size}-{patches}" for size in PAPER for patches in ("linear", "unet")}
-    assert {"demo", "emoji", *papers} <= {path.stem for path in CONFIGS}
+    assert {"demo", "emoji", "mot", "lora", "lmfusion-smollm2", *papers} <= {path.stem for path in CONFIGS}
 
 
 @each_config
@@ -67,6 +68,17 @@ def test_an_image_of_a_shipped_config_fits_into_its_rows(path):
     config = load(path)
     rows, columns = patch_grid((config.data.image_size,) * 2, config.data.factor, config.model.patch_size)
     assert rows * columns + 4 <= config.train.seq_len  # <bos> <boi> ... <eoi> <eos>
+
+
+def test_the_shipped_model_lacks_nothing_that_lora_begins_with_but_the_adapters():
+    config = load(FOLDER / "lora.toml")
+    lacking = load_weights(build_model(config.model), find(config.init).weights, partly=True)
+    assert lacking and all(map(is_adapter, lacking))
+
+
+def test_mot_is_the_demo_with_a_second_path():
+    demo, mot = (load(FOLDER / f"{name}.toml") for name in ("demo", "mot"))
+    assert mot == replace(demo, model=replace(demo.model, separate=SEPARABLE))
 
 
 @pytest.mark.parametrize("patches", ["linear", "unet"])

@@ -54,6 +54,7 @@ def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE,
         model=model.config,
         data=DataConfig(image_size=SIZE),
         diffusion=DiffusionConfig(prediction=prediction, data_variance=data_variance),
+        optim=OptimConfig(freeze=("text", "image") if model.config.lora.r else ()),
         train=TrainConfig(seq_len=seq_len),
         sample=sample,
     )

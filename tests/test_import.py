@@ -12,7 +12,17 @@ import transfusion
 
 ROOT = Path(transfusion.__file__).parents[1]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(transfusion.__path__, "transfusion."))
-EXTRAS = ("matplotlib", "transformers", "diffusers", "tensorboard", "wandb", "torchvision", "efficientnet_lite_pytorch")
+EXTRAS = (
+    "matplotlib",
+    "transformers",
+    "diffusers",
+    "tensorboard",
+    "wandb",
+    "torchvision",
+    "efficientnet_lite_pytorch",
+    "peft",
+    "gguf",
+)
 
 ALL_WITHOUT_EXTRAS = f"""
 import importlib, sys

@@ -6,14 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from transfusion.model.lora import LoraConfig
+from transfusion.model.transformer import SEPARABLE, ModelConfig, build_model
 from transfusion.optim import (
     OptimConfig,
     averaged,
     build_optimizers,
     clip_gradients,
     ema_decay_at,
+    freeze,
     init_ema,
     lr_at,
+    part_of,
     set_lr,
     update_ema,
 )
@@ -168,3 +172,53 @@ def test_averaged_weights_are_in_the_model_only_inside_the_block():
 def test_config_refuses_values_that_make_no_sense(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**fields)
+
+
+# ---- frozen parts ----
+
+
+def test_each_parameter_of_a_model_belongs_to_the_part_that_its_path_says():
+    lora = LoraConfig(2, target_modules=("wq",))
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 9, "channels": 3, "qk_norm": True, "refine_width": 2}
+    model = build_model(ModelConfig(**sizes, separate=SEPARABLE, lora=lora), "meta")
+    parts: dict[str, set[str]] = {}
+    for name, _ in model.named_parameters():
+        parts.setdefault(part_of(name), set()).add(name)
+    of_layer = {"attention_norm", "ffn_norm", *(f"attention.{x}" for x in ("wq", "wk", "wv", "wo", "q_norm", "k_norm"))}
+    of_layer |= {f"feed_forward.{x}" for x in ("w1", "w2", "w3")}
+    trunk = {f"layers.0.{module}" for module in of_layer} | {"norm"}
+    assert parts["text"] == {f"{module}.weight" for module in trunk | {"tok_embeddings", "output"}}
+    assert parts["image"] == {f"{module}.image_weight" for module in trunk}
+    assert parts["adapters"] == {f"layers.0.attention.wq.{p}lora_{m}" for p in ("", "image_") for m in "AB"}
+    assert {name.partition(".")[0] for name in parts["patches"]} == {"patches", "refine"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_have_no_optimizer_no_average_and_no_part_in_the_norm(name):
+    model = toy()
+    freeze(model, ("patches",))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if n.startswith("patches.")}
+    optimizers, ema = build_optimizers(model, OptimConfig(name=name, weight_decay=0.5)), init_ema(model)
+    assert len(ema) == len(list(model.parameters())) - len(frozen)
+    x = model["patches"]["proj"](torch.ones(3, 4))
+    model["output"](model["norm"](x + model["layers"][0]["wq"](x))).square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    want = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    torch.testing.assert_close(clip_gradients(model, 1.0), want)
+    for optimizer in optimizers:
+        optimizer.step()
+    update_ema(ema, model, 0, 0.9)
+    with averaged(model, ema):
+        assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert all(torch.equal(p, frozen[n]) and p.grad is None for n, p in model.named_parameters() if n in frozen)
+
+
+def test_what_leaves_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze(toy(), ("text", "image", "patches"))
+    model = toy()
+    freeze(model, ("text",))
+    with pytest.raises(ValueError, match=r"no matrix of the layers trains: set optim\.name=adamw"):
+        build_optimizers(model, OptimConfig(name="muon"))
+    with pytest.raises(ValueError, match=r"freeze = \['vision'\]: choose some of text, image, patches"):
+        OptimConfig(freeze=("vision",))

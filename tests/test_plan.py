@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion import train as loop
 from transfusion.data.documents import DataConfig
 from transfusion.data.loader import Packer
-from transfusion.model.transformer import ModelConfig, build_model, row_mask
-from transfusion.optim import build_optimizers, init_ema
+from transfusion.model.lora import TARGETS, LoraConfig
+from transfusion.model.transformer import SEPARABLE, ModelConfig, build_model, row_mask
+from transfusion.optim import build_optimizers, freeze, init_ema
 from transfusion.plan import count_flops, count_images, estimate_memory, patch_layers, plan
 from transfusion.run import RunConfig, TrainConfig
 from transfusion.sequence import Format, Image, Text, collate, lay_out
@@ -38,17 +39,40 @@ def micro_batches(config: RunConfig):
 
 
 UNET = {"patches": "unet", "unet_width": 8, "unet_blocks": 2}
+LORA = LoraConfig(8, target_modules=TARGETS)
+
+
+def with_model(config: RunConfig, freeze: tuple[str, ...] = (), **fields) -> RunConfig:
+    model, optim = replace(config.model, **fields), replace(config.optim, freeze=freeze)
+    return replace(config, model=model, optim=optim)
 
 
 @pytest.mark.parametrize(
-    "share, accumulate, patches",
-    [(0.0, 1, {}), (0.5, 2, {}), (0.8, 1, {}), (0.8, 2, {"refine_width": 32}), (0.8, 2, UNET), (0.0, 1, UNET)],
+    "share, accumulate, fields",
+    [
+        (0.0, 1, {}),
+        (0.5, 2, {}),
+        (0.8, 1, {}),
+        (0.8, 2, {"refine_width": 32}),
+        (0.8, 2, UNET),
+        (0.0, 1, UNET),
+        (0.8, 1, UNET | {"freeze": ("patches",)}),
+        (0.8, 1, {"refine_width": 32, "freeze": ("patches",)}),
+        (0.0, 1, {"separate": SEPARABLE}),
+        (0.5, 1, {"separate": SEPARABLE}),
+        (0.8, 1, UNET | {"separate": SEPARABLE, "freeze": ("text",)}),
+        (0.8, 1, {"separate": ("ffn",), "freeze": ("text",)}),
+        (0.5, 1, {"separate": SEPARABLE, "freeze": ("text",)}),
+        (0.5, 1, {"lora": LORA, "freeze": ("text", "image")}),
+        (0.5, 1, {"lora": LoraConfig(8, paths=("image",)), "separate": SEPARABLE, "freeze": ("text", "image")}),
+    ],
+    ids=str,
 )
-def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, patches, monkeypatch):
+def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, fields, monkeypatch):
     config = replace(CONFIG, data=replace(CONFIG.data, image_share=share))
-    config = replace(config, train=replace(config.train, accumulate=accumulate))
-    config = replace(config, model=replace(config.model, **patches))
+    config = with_model(replace(config, train=replace(config.train, accumulate=accumulate)), **fields)
     model, batches = build_model(config.model), micro_batches(config)
+    freeze(model, config.optim.freeze)
     images = sum(batch.n_images for batch in batches)
     assert images <= count_images(config) <= 1.2 * images  # captions take positions that the plan knows nothing of
     monkeypatch.setattr("transfusion.plan.count_images", lambda config: images)
@@ -117,14 +141,26 @@ def test_flops_of_a_forward_pass_are_exactly_those_that_torch_counts(patches):
     assert sum(operations.values()) == 2 * (trunk + m.dim * m.vocab_size * b.n_targets) + sum(flops.values())
 
 
-def test_weights_gradients_optimizer_and_average_are_exact():
-    model = build_model(CONFIG.model)
-    planned = estimate_memory(CONFIG)
-    optimizers, ema = build_optimizers(model, CONFIG.optim), init_ema(model)
-    loop.gradients(model, micro_batches(CONFIG), CONFIG, 0)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"separate": SEPARABLE},
+        {"separate": SEPARABLE, "freeze": ("text",)},
+        {"lora": LORA, "freeze": ("text", "image", "patches")},
+    ],
+    ids=str,
+)
+def test_weights_gradients_optimizer_and_average_are_exact(fields):
+    config = with_model(CONFIG, **fields)
+    model = build_model(config.model)
+    freeze(model, config.optim.freeze)
+    planned = estimate_memory(config)
+    optimizers, ema = build_optimizers(model, config.optim), init_ema(model)
+    loop.gradients(model, micro_batches(config), config, 0)
     for optimizer in optimizers:
         optimizer.step()
-    own, grads = list(model.parameters()), [p.grad for p in model.parameters()]
+    own, grads = list(model.parameters()), [p.grad for p in model.parameters() if p.grad is not None]
     moments = [s[k] for o in optimizers for s in o.state.values() for k in ("exp_avg", "exp_avg_sq")]
     for name, tensors in (("weights", own), ("gradients", grads), ("optimizer", moments), ("average", ema)):
         assert planned[name] == sum(t.numel() * t.element_size() for t in tensors)
@@ -159,6 +195,8 @@ def kept_for_backward(config: RunConfig) -> int:
         {"qk_norm": True, "n_kv_heads": 2},
         {"refine_width": 128},
         UNET | {"unet_width": 32},
+        {"separate": SEPARABLE},
+        {"norm": "post"},
     ],
 )
 def test_activations_are_about_what_autograd_keeps(sizes):
@@ -167,6 +205,12 @@ def test_activations_are_about_what_autograd_keeps(sizes):
     planned = estimate_memory(config)
     estimate = planned["activations (about)"] + planned["logits (at most)"]
     assert estimate / 1.25 < kept_for_backward(config) < estimate * 1.25
+
+
+def test_weights_of_their_own_for_patches_cost_memory_and_no_flops():
+    dense, mot = CONFIG, with_model(CONFIG, separate=SEPARABLE)
+    assert count_flops(mot) == count_flops(dense)
+    assert estimate_memory(mot)["weights"] > 1.5 * estimate_memory(dense)["weights"]
 
 
 def test_micro_batches_divide_the_activations_and_nothing_else():

@@ -177,6 +177,11 @@ def test_a_finished_codec_run_is_not_begun_again_and_resuming_does_nothing(tiny,
     assert read_state(latest_checkpoint(tmp_path / "checkpoints"))["step"] == 8
 
 
+def test_frozen_parts_are_refused():
+    with pytest.raises(ValueError, match=r"optim\.freeze = \['patches'\]: a codec trains whole"):
+        CodecRunConfig(optim=OptimConfig(freeze=("patches",)))
+
+
 def test_an_image_size_that_is_no_multiple_of_a_cell_is_refused():
     with pytest.raises(ValueError, match=r"data.image_size = 60 is not a multiple of 8 pixels"):
         CodecRunConfig(data=CropConfig(image_size=60))

@@ -8,8 +8,10 @@ import pytest
 import torch
 from random_rows import CHANNELS, FORMATS, PATCH_SIZE, SPECIAL, VOCAB, document, packed
 
+from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import allow, block_mask, dense_mask
-from transfusion.model.transformer import ModelConfig, Transfusion, build_model, parameter_counts
+from transfusion.model.rope import angles, rotate
+from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts
 from transfusion.sequence import NONE, collate, lay_out
 
 TINY = {
@@ -26,7 +28,12 @@ OPTIONS = {
     "grouped heads": {"n_kv_heads": 2},
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
+    "post-norm": {"norm": "post"},
     "refine": {"refine_width": 4},
+    "separate ffn": {"separate": ("ffn",)},
+    "separate": {"separate": SEPARABLE, "qk_norm": True},
+    "lora": {"lora": LoraConfig(2, alpha=0.1, target_modules=TARGETS)},
+    "lora on text": {"qk_norm": True, "lora": LoraConfig(2, alpha=0.1, paths=("text",))},
     "all": {
         "n_kv_heads": 1,
         "qk_norm": True,
@@ -34,6 +41,8 @@ OPTIONS = {
         "patch_positions": True,
         "time_scale": True,
         "refine_width": 4,
+        "separate": SEPARABLE,
+        "lora": LoraConfig(3, alpha=0.1, target_modules=TARGETS),
     },
     "unet": {"patches": "unet", "unet_width": 4},
     "unet of two stages, all": {
@@ -142,6 +151,37 @@ def test_the_trunk_is_llama(kv_heads):
     logits, _ = outputs(model, b, z, t)
     with torch.no_grad():
         torch.testing.assert_close(logits, llama(b.tokens).logits[0], rtol=1e-5, atol=1e-5)
+
+
+# -- slow reference
+
+
+@torch.no_grad()
+def test_a_post_norm_layer_is_the_one_written_out():
+    model = random_model(norm="post", n_kv_heads=2)
+    b, z, t = row({})
+    c, rms = model.config, lambda x: x / (x.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()
+    h = model.tok_embeddings(b.tokens[0])
+    patches, _ = model.patches.encode(z, t, b.patch_image, b.place[0, b.patch_at, 2:], b.grids)
+    h[b.patch_at] = patches
+    cos, sin = angles(b.place, c.head_dim, c.rope_base)
+    sees = dense_mask(b.document, b.image, b.hidden)[0, 0]
+    for layer in model.layers:
+        a, f, heads = layer.attention, layer.feed_forward, []
+        q, k, v = ((h @ w.weight.T).unflatten(-1, (-1, c.head_dim)).transpose(0, 1)[None] for w in (a.wq, a.wk, a.wv))
+        q, k = rotate(q, cos, sin)[0], rotate(k, cos, sin)[0]
+        for i in range(c.n_heads):
+            of = i // (c.n_heads // c.kv_heads)
+            scores = (q[i] @ k[of].T / c.head_dim**0.5).masked_fill(~sees, -torch.inf)
+            heads.append(scores.softmax(-1) @ v[0, of])
+        h = h + rms(torch.cat(heads, -1) @ a.wo.weight.T) * layer.attention_norm.weight
+        x = (torch.sigmoid(h @ f.w1.weight.T) * (h @ f.w1.weight.T) * (h @ f.w3.weight.T)) @ f.w2.weight.T
+        h = h + rms(x) * layer.ffn_norm.weight
+    last = rms(h) * model.norm.weight
+    logits, p = outputs(model, b, z, t)
+    torch.testing.assert_close(logits, last @ model.output.weight.T, rtol=1e-4, atol=1e-4)
+    want = model.patches.decode(last[b.patch_at], None, t, b.grids)
+    torch.testing.assert_close(p[b.patch_at], want, rtol=1e-4, atol=1e-4)
 
 
 # -- leaks
@@ -414,7 +454,11 @@ def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet(option
         ({"image_positions": "spiral"}, "image_positions = 'spiral': choose one of raster, axial"),
         ({"refine_width": 8, "patch_size": 3}, "refine_width = 8, patch_size = 3: set refine_width=0"),
         ({"refine_width": -1}, "refine_width = -1"),
-        ({"patches": "spiral"}, "patches = 'spiral': choose one of linear, unet"),
+        ({"patches": "spiral"}, "patches = 'spiral': choose one of linear, codes, unet"),
+        ({"norm": "sandwich"}, "norm = 'sandwich': choose one of pre, post"),
+        ({"separate": ("heads",)}, r"separate = \['heads'\]: choose some of ffn, attention, norms"),
+        ({"patches": "codes", "patch_size": 1, "separate": ("ffn",)}, r"codes are tokens.*set separate=\[\]"),
+        ({"patches": "codes", "patch_size": 1, "lora": LoraConfig(2)}, r"codes are tokens.*lora\.paths=text"),
         ({"patches": "unet", "patch_size": 16}, "patch_size = 16: .* set patch_size to one of 2, 4, 8, or patches="),
         ({"patches": "unet", "unet_width": 0}, "unet_width = 0, unet_blocks = 2: at least 1"),
         ({"patches": "unet", "unet_blocks": 0}, "unet_width = 64, unet_blocks = 0: at least 1"),

@@ -47,7 +47,7 @@ def save_checkpoint(
         own = weights(model)
         save_weights(own, tmp / MODEL)
         if ema is not None:
-            names = [name for name, _ in model.named_parameters()]
+            names = [name for name, p in model.named_parameters() if p.requires_grad]  # frozen ones are their average
             save_weights({**own, **dict(zip(names, ema, strict=True))}, tmp / EMA)
         torch.save([{"type": type(o).__name__, "state": o.state_dict()} for o in optimizers], tmp / OPTIMIZER)
         sizes = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
@@ -248,11 +248,11 @@ def matching(own: dict[str, Tensor], file: Path, partly: bool = False, prefix: s
 
 
 def ema_of(model: nn.Module, ema: list[Tensor], own: dict[str, Tensor], path: Path) -> list[Tensor]:
-    """The saved averages in the order of the model's parameters."""
+    """The saved averages in the order of the model's trained parameters."""
     if not (path / EMA).is_file():
         raise ValueError(f"{path} has no {EMA}: it was saved without an average, so resume without one (optim.ema=0)")
     loaded = matching(own, path / EMA)
-    averages = [loaded[name] for name, _ in model.named_parameters()]
+    averages = [loaded[name] for name, p in model.named_parameters() if p.requires_grad]
     assert len(averages) == len(ema), f"{len(ema)} averages for {len(averages)} parameters"
     return averages
 

@@ -22,10 +22,11 @@ from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.generate import Answer
+from transfusion.llama import is_llama
 from transfusion.plan import plan
 from transfusion.pretrained import load
-from transfusion.run import RunConfig, SampleConfig, format_of, pick_device, resolved
-from transfusion.tokenizer import load_tokenizer, train_tokenizer
+from transfusion.run import RunConfig, SampleConfig, pick_device, resolve
+from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.train_codec import CodecRunConfig, data_of, train_codec
 
@@ -241,9 +242,9 @@ def run_eval_codec(args):
 
 def run_plan(args):
     config = load_config(RunConfig, args.config, args.overrides)
-    if not (config.model.vocab_size and config.model.channels and config.data.factor):  # else the config says it all
-        tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec)
-        config = resolved(config, format_of(config, tokenizer.special, tokenizer.vocab_size, codec), codec)
+    m, factor = config.model, config.data.factor
+    if is_llama(config.init) or not (m.vocab_size and m.channels and factor):  # else the config says it all
+        config = resolve(config, load_codec(config.data.codec))
     print(to_toml(config) + "\n" + plan(config))
 
 

@@ -1,18 +1,27 @@
 """A trained model or codec as one folder: model.safetensors (averaged weights), config.json, README.md, and of a model
-its tokenizer.json."""
+its tokenizer.json.
+
+Adapters are merged into the weights, so that every exported folder is one plain model, and lie in adapters/ beside it.
+"""
 
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from transfusion.adapters import merge, save_adapters
 from transfusion.checkpoint import STATE, atomic_folder, read_state
 from transfusion.codec.load import find_codec, holds_codec
 from transfusion.config import from_dict, to_dict, to_toml
+from transfusion.model.lora import LoraConfig
+from transfusion.model.paths import is_adapter
 from transfusion.pretrained import CONFIG, TOKENIZER, WEIGHTS, find
+from transfusion.run import RunConfig
 from transfusion.train_codec import CodecRunConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,29 +74,39 @@ transfusion train CONFIG.toml data.codec={name}
 """
 
 
+class Parts(NamedTuple):
+    """What the folder is made of."""
+
+    weights: Path
+    tensors: dict[str, Tensor]
+    config: RunConfig | CodecRunConfig
+    card: str
+    tokenizer: Path | None = None
+    adapters: dict[str, Tensor] | None = None
+    lora: LoraConfig = LoraConfig()
+
+
 def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "other") -> Path:
     """Writes the folder `out`, whole or not at all; raises ValueError where it exists already."""
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or name another folder")
-    weights, prefix, config, files, card = codec_parts(name) if holds_codec(name) else model_parts(name)
-    tensors = {
-        key.removeprefix(prefix): value.to(DTYPES[dtype])
-        for key, value in load_file(weights).items()
-        if key.startswith(prefix)
-    }
+    parts = codec_parts(name) if holds_codec(name) else model_parts(name)
+    tensors = {key: value.to(DTYPES[dtype]) for key, value in parts.tensors.items()}
+    config, saved = parts.config, parts.weights.parent
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        for file in files:
-            shutil.copyfile(file, folder / TOKENIZER)
-        in_step = (weights.parent / STATE).is_file()
-        text = card.format(
+        if parts.tokenizer:
+            shutil.copyfile(parts.tokenizer, folder / TOKENIZER)
+        if parts.adapters:
+            save_adapters(parts.adapters, parts.lora, folder / "adapters")
+        text = parts.card.format(
             license=license,
             name=out.name,
             parameters=sum(t.numel() for t in tensors.values()),
             dtype=dtype,
-            steps=read_state(weights.parent)["step"] if in_step else config.train.steps,
+            steps=read_state(saved)["step"] if (saved / STATE).is_file() else config.train.steps,
             config=config,
             images=", ".join(config.data.images),
             toml=to_toml(config),
@@ -96,16 +115,24 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
     return out
 
 
-def model_parts(name: str | Path) -> tuple:
-    """(weights, prefix of their names, config, other files, card) of a trained model."""
+def model_parts(name: str | Path) -> Parts:
+    """Those of a trained model."""
     config, weights, tokenizer = find(name)
-    config = replace(config, out="", init="", device="auto")  # of this machine, and no business of who gets the model
+    # of this machine, and no business of who gets the model
+    config, lora = replace(config, out="", init="", adapter="", device="auto"), config.model.lora
     card = CARD.replace("{positions:,}", f"{config.train.rows * config.train.seq_len:,}")
-    return weights, "", config, [tokenizer], card.replace("{text}", ", ".join(config.data.text))
+    card, tensors = card.replace("{text}", ", ".join(config.data.text)), load_file(weights)
+    if not lora.r:
+        return Parts(weights, tensors, config, card, tokenizer)
+    merged, model = merge(tensors, config.model)
+    adapters = {key: value for key, value in tensors.items() if is_adapter(key)}
+    return Parts(weights, merged, replace(config, model=model), card, tokenizer, adapters, lora)
 
 
-def codec_parts(name: str | Path) -> tuple:
-    """The same of a trained autoencoder, without its discriminator."""
+def codec_parts(name: str | Path) -> Parts:
+    """Those of a trained autoencoder, without its discriminator."""
     found = find_codec(name)
+    weights, prefix = found.weights, found.prefix
     config = replace(from_dict(CodecRunConfig, found.config), out="", device="auto")
-    return found.weights, found.prefix, config, [], CODEC_CARD
+    tensors = {key.removeprefix(prefix): x for key, x in load_file(weights).items() if key.startswith(prefix)}
+    return Parts(weights, tensors, config, CODEC_CARD)

@@ -58,7 +58,7 @@ class Engine:
         bf16 = self.device.type == "cuda" and uses_bf16(config.train.precision, self.device)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.codec = codec or codec_of(config, self.device)
-        self.fmt = format_of(config, tokenizer.special, tokenizer.vocab_size, self.codec)
+        self.fmt = format_of(config, tokenizer, self.codec)
         self.limit = config.train.seq_len
 
     # ---- what users call ----

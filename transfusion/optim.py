@@ -15,7 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from transfusion.model.paths import is_adapter, text_twin
+
 OPTIMIZERS = ("adamw", "muon")
+FREEZABLE = ("text", "image", "patches")
 
 DECAYS = {  # progress in [0, 1] -> 1 at the start, 0 at the end
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -37,6 +40,7 @@ class OptimConfig:
     clip: float = 1.0  # largest gradient norm; 0 = no clipping
     muon_lr: float = 0.0  # lr of Muon's matrices; 0 = lr (its updates are scaled to AdamW's size)
     ema: float = 0.9999  # decay of the weights' average; 0 = no average
+    freeze: tuple[str, ...] = ()  # weights that stay as they began: some of FREEZABLE; adapters always train
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
@@ -47,9 +51,32 @@ class OptimConfig:
             raise ValueError(f"lr must be positive and min_lr in [0, lr], got lr {self.lr} and min_lr {self.min_lr}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), 0 for none, got {self.ema}")
+        if not set(self.freeze) <= set(FREEZABLE):
+            raise ValueError(f"freeze = {list(self.freeze)}: choose some of {', '.join(FREEZABLE)}")
         for field in ("warmup_steps", "weight_decay", "clip", "muon_lr"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+
+
+def part_of(name: str) -> str:
+    """Which of FREEZABLE a parameter belongs to, or "adapters".
+
+    "text" is all that a document of text alone reads: the trunk's weights, embedding, head and last norm. "image" are
+    the twins that patches have of the trunk's, "patches" the layers through which they enter and leave.
+    """
+    if is_adapter(name):
+        return "adapters"
+    if name.startswith(("patches.", "refine.")):
+        return "patches"
+    return "image" if text_twin(name) else "text"
+
+
+def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
+    """Takes the parts out of training: no gradients, no decay, no average; ValueError where nothing is left."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(part_of(name) not in parts)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"optim.freeze = {list(parts)} leaves nothing to train: take one of them out")
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -62,11 +89,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         {"params": [(name, p) for name, p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(name, p) for name, p in rest if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
     ]
+    groups = [group for group in groups if group["params"]]  # adapters alone have no vectors
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "muon":
-        assert muon, "Muon wants 2-D weights under a module named layers, the model has none"
+        if not muon:
+            raise ValueError("optim.name = muon, but no matrix of the layers trains: set optim.name=adamw")
         lr = config.muon_lr or config.lr
         optimizers += [torch.optim.Muon(muon, lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    if not groups:
+        return optimizers
     # One kernel for all parameters; where torch has none for the device, it picks its own loop (fused=None).
     fused = True if {p.device.type for _, p in rest} <= {"cpu", "cuda", "mps"} else None
     adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=fused)
@@ -110,9 +141,14 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
 # ---- average of the weights ----
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen, in their order: those that an average has."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def init_ema(model: nn.Module) -> list[Tensor]:
-    """A float32 copy of the model's parameters, in their order."""
-    return [p.detach().to(torch.float32, copy=True) for p in model.parameters()]
+    """A float32 copy of the model's trained parameters, in their order."""
+    return [p.detach().to(torch.float32, copy=True) for p in trained(model)]
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -123,14 +159,14 @@ def ema_decay_at(step: int, decay: float) -> float:
 @torch.no_grad()
 def update_ema(ema: list[Tensor], model: nn.Module, step: int, decay: float) -> None:
     """Moves ema towards the model's parameters, in place, after optimizer step 0, 1, ..."""
-    weights = [p.detach().float() for p in model.parameters()]  # no copy where they are float32
+    weights = [p.detach().float() for p in trained(model)]  # no copy where they are float32
     torch._foreach_lerp_(ema, weights, 1 - ema_decay_at(step, decay))
 
 
 @contextmanager
 def averaged(model: nn.Module, ema: list[Tensor]) -> Iterator[nn.Module]:
     """The model with the averaged weights inside the block, by reference: no copy, and its own ones back after it."""
-    parameters = list(model.parameters())
+    parameters = trained(model)
     assert len(parameters) == len(ema), f"{len(ema)} averages for {len(parameters)} parameters"
     own = [p.data for p in parameters]
     try:

@@ -3,7 +3,11 @@
 FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
                    3 * patch layers of an image, forward * images                             (forward 2, backward 4;
                    keys seen by a position: at most L / 2 for text, exactly known only once the rows are packed)
-memory             weights, gradients, two moments and the average at 4 bytes; activations kept for backward
+                   4 instead of 6 for what is frozen: gradients go through it, it has none of its own
+memory             weights, and of those that train gradients, two moments and the average, at 4 bytes; activations
+                   kept for backward
+
+A position goes through one path, so weights of their own for patches cost memory and no FLOPs.
 
 Patch layers are counted by torch itself, in a pass on the meta device, where tensors have shapes and no numbers: so the
 count is right for whatever stands in PATCHES, convolutions and all.
@@ -20,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion.codec.codec import patch_grid
 from transfusion.model.fold import Grids
 from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
+from transfusion.optim import freeze, trained
 from transfusion.run import RunConfig
 
 
@@ -62,22 +67,30 @@ def patch_layers(config: ModelConfig, grids: Grids) -> tuple[dict[str, int], int
 
 def count_flops(config: RunConfig) -> dict[str, float]:
     """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
-    m, c, images, grid = config.model, config.train, count_images(config), grid_of(config)
+    m, c, frozen, images, grid = config.model, config.train, config.optim.freeze, count_images(config), grid_of(config)
     parts, positions = dict(parameter_counts(build_model(m, "meta"))), c.rows * c.seq_len
-    flops, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
+    of_layers, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
     patches = math.prod(grid) * images * (m.patches != "codes")  # codes are targets of the text head
-    return {
-        "trunk": 6.0 * parts["trunk"] * positions,
+    own, texts = parts.get("image path", 0), positions - patches
+    of_text, of_image = (4.0 if path in frozen else 6.0 for path in ("text", "image"))
+    # nothing before `in` wants a gradient: where it is frozen, it has no backward pass at all
+    of_patches = {"in": 1.0, "out": 2.0, "refine": 2.0} if "patches" in frozen else dict.fromkeys(of_layers, 3.0)
+    flops = {
+        "trunk": of_text * (parts["trunk"] * positions - own * patches) + of_image * own * patches,
+        "adapters": 6.0 * (parts.get("text adapters", 0) * texts + parts.get("image adapters", 0) * patches),
         "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
-        "text head": 6.0 * m.dim * m.vocab_size * (positions - patches),
-        "patch layers": 3.0 * sum(flops.values()) * images,
+        "text head": of_text * m.dim * m.vocab_size * texts,
+        "patch layers": sum(of_patches[name] * n for name, n in of_layers.items()) * images,
     }
+    return flops if m.lora.r else {name: value for name, value in flops.items() if name != "adapters"}
 
 
 def estimate_memory(config: RunConfig) -> dict[str, float]:
     """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits."""
     m, c = config.model, config.train
-    weights = 4.0 * sum(n for _, n in parameter_counts(build_model(m, "meta")))
+    model = build_model(m, "meta")
+    freeze(model, config.optim.freeze)
+    weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
     positions = c.rows * c.seq_len / c.accumulate
     # Bytes a position. float32: the residual stream and its norm, twice; bf16: each matrix's input, q, k, v, the heads'
     # result, and w1 x, its silu, w3 x and their product.
@@ -86,9 +99,9 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     _, kept = patch_layers(m, (grid_of(config),)) if m.patches != "codes" else ({}, 0)  # of an image, here in bf16
     return {
         "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
-        "average": weights if config.optim.ema else 0.0,
+        "gradients": train,
+        "optimizer": 2 * train,
+        "average": train if config.optim.ema else 0.0,
         "activations (about)": positions * m.n_layers * layer + 2.0 * kept * count_images(config) / c.accumulate,
         "logits (at most)": positions * m.vocab_size * 10.0,
     }

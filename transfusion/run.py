@@ -7,6 +7,7 @@ RUN/checkpoints/step_00001000/                     the last few, each complete o
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,10 +16,12 @@ from transfusion.codec.load import load_codec
 from transfusion.data.documents import DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.solver import SOLVERS
+from transfusion.llama import TOKENIZER, folder_of, is_llama, sizes_of
 from transfusion.metrics import MetricsConfig
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
-from transfusion.sequence import Format, Special
+from transfusion.sequence import Format
+from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -92,7 +95,8 @@ class RunConfig:
 
     seed: int = 0
     out: str = ""  # run folder; "" = runs/NAME OF THE CONFIG
-    init: str = ""  # a model whose weights a new run begins with, as `transfusion generate` takes it; "" = fresh ones
+    init: str = ""  # weights to begin with: a model as `transfusion generate` takes it, hf:FOLDER, smollm2; "" = fresh
+    adapter: str = ""  # a folder of adapters to begin with, as `transfusion export` writes it; "" = fresh ones
     device: str = "auto"  # auto = cuda, mps or cpu, the first that is there
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -102,17 +106,24 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
+    def __post_init__(self):
+        if self.model.lora.r:
+            # patches go through the text path's matrices where they have no own
+            wanted = {"text", *self.model.lora.paths}
+            if not wanted <= set(self.optim.freeze):
+                raise ValueError(
+                    f"model.lora.r = {self.model.lora.r}, optim.freeze = {list(self.optim.freeze)}: adapters stand "
+                    f"beside frozen weights: set optim.freeze={','.join(sorted(wanted | set(self.optim.freeze)))}"
+                )
+        elif self.adapter:
+            raise ValueError(f"adapter = {self.adapter!r}, but model.lora.r is 0: set it and the rest of model.lora")
 
-def format_of(config: RunConfig, special: Special, text_tokens: int, codec: Codec) -> Format:
-    """How the run's sequences are written."""
-    m = config.model
-    if m.patches == "codes" and not codec.codes:
-        raise ValueError(
-            f"model.patches = 'codes' wants a codec with a codebook, and {codec.name} has none: train one by "
-            "`transfusion train-codec configs/codec-emoji-vq.toml` and set data.codec to its run folder"
-        )
-    codes = codec.codes if m.patches == "codes" else 0
-    return Format(special, m.patch_size, m.image_positions, text_tokens, m.sides, codes)
+
+def load_own_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that the config names, else that of the Llama it begins with, else the shipped one."""
+    if is_llama(config.init) and not config.data.tokenizer:
+        return load_tokenizer(folder_of(config.init) / TOKENIZER)
+    return load_tokenizer(config.data.tokenizer)
 
 
 def codec_of(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
@@ -120,13 +131,50 @@ def codec_of(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
     return load_codec(config.data.codec, device).standardised(config.data.latent_mean, config.data.latent_std)
 
 
-def resolved(config: RunConfig, fmt: Format, codec: Codec) -> RunConfig:
-    """The config with what follows from tokenizer and codec filled in; ValueError where it names something else."""
-    model, data = config.model, config.data
-    if model.vocab_size and model.vocab_size < fmt.vocab_size:
+def codes_of(config: RunConfig, codec: Codec) -> int:
+    """How many codes of the codec are written as tokens."""
+    if config.model.patches != "codes":
+        return 0
+    if not codec.codes:
         raise ValueError(
-            f"model.vocab_size = {model.vocab_size}, {fmt.vocab_size} tokens are needed: {fmt.text_tokens} of the "
-            f"tokenizer, {fmt.sides} of sides, {fmt.codes} of codes; leave it out, or name a smaller data.tokenizer"
+            f"model.patches = 'codes' wants a codec with a codebook, and {codec.name} has none: train one by "
+            "`transfusion train-codec configs/codec-emoji-vq.toml` and set data.codec to its run folder"
+        )
+    return codec.codes
+
+
+def format_of(config: RunConfig, tokenizer: Tokenizer, codec: Codec) -> Format:
+    """How the run's sequences are written."""
+    m, text_tokens = config.model, tokenizer.vocab_size
+    return Format(tokenizer.special, m.patch_size, m.image_positions, text_tokens, m.sides, codes_of(config, codec))
+
+
+def resolve(config: RunConfig, codec: Codec) -> RunConfig:
+    """The config with what follows from the Llama that it begins with, tokenizer and codec; fetches nothing."""
+    if not is_llama(config.init):
+        return with_parts(config, load_tokenizer(config.data.tokenizer).vocab_size, codec)
+    sizes = sizes_of(config.init)
+    text_tokens = sizes.pop("vocab_size")  # a least size: a run may have more tokens than the Llama has
+    return with_parts(with_sizes(config, config.init, sizes), text_tokens, codec)
+
+
+def with_sizes(config: RunConfig, source: str, sizes: dict[str, Any]) -> RunConfig:
+    """The config with these sizes of the model where it has defaults; ValueError lists those that it sets otherwise."""
+    now, default = vars(config.model), vars(ModelConfig())
+    wrong = [f"model.{k} = {now[k]} instead of {v}" for k, v in sizes.items() if now[k] not in (v, default[k])]
+    if wrong:
+        raise ValueError(f"the sizes of {source} are others: {', '.join(wrong)}; leave them out to take its own")
+    return replace(config, model=replace(config.model, **sizes))
+
+
+def with_parts(config: RunConfig, text_tokens: int, codec: Codec) -> RunConfig:
+    """The config with the vocabulary and the codec's sizes filled in; ValueError where it names something else."""
+    model, data, codes = config.model, config.data, codes_of(config, codec)
+    needed = text_tokens + model.sides + codes
+    if model.vocab_size and model.vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size = {model.vocab_size}, {needed} tokens are needed: {text_tokens} of the tokenizer, "
+            f"{model.sides} of sides, {codes} of codes; leave it out, or name a smaller data.tokenizer"
         )
     for name, has, wants in (
         ("model.channels", model.channels, codec.channels),
@@ -134,7 +182,7 @@ def resolved(config: RunConfig, fmt: Format, codec: Codec) -> RunConfig:
     ):
         if has not in (0, wants):
             raise ValueError(f"{name} = {has}, the codec {codec.name} has {wants}: leave it out, or name another codec")
-    model = replace(model, vocab_size=model.vocab_size or fmt.vocab_size, channels=codec.channels)
+    model = replace(model, vocab_size=model.vocab_size or needed, channels=codec.channels)
     return replace(config, model=model, data=replace(data, factor=codec.factor))
 
 

@@ -68,13 +68,17 @@ def wrap(hf: tokenizers.Tokenizer, source: str) -> Tokenizer:
 def load_tokenizer(path: str | Path = "") -> Tokenizer:
     """The shipped tokenizer, or any Hugging Face tokenizer.json; ValueError if it cannot be read."""
     file = Path(path).expanduser() if str(path) else SHIPPED
+    return wrap(read_tokenizer(file), str(file))
+
+
+def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a file as it is, without our special tokens."""
     if not file.is_file():
-        raise ValueError(f"no tokenizer {path}: give a tokenizer.json, or make one by `transfusion tokenize`")
+        raise ValueError(f"no tokenizer {file}: give a tokenizer.json, or make one by `transfusion tokenize`")
     try:
-        hf = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from error
-    return wrap(hf, str(file))
+        raise ValueError(f"{file} is not a Hugging Face tokenizer.json: {error}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from transfusion import checkpoint
 from transfusion import config as configs
+from transfusion.beginning import begin, prepare, same_tokens
 from transfusion.codec.load import load_codec
 from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.generate import Engine
+from transfusion.llama import is_llama
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.transformer import Transfusion, build_model
-from transfusion.optim import build_optimizers, clip_gradients
+from transfusion.optim import build_optimizers, clip_gradients, freeze, trained
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, format_of, pick_device, resolved, uses_bf16
+from transfusion.run import RunConfig, format_of, pick_device, uses_bf16
 from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
-from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 CALIBRATION_STEPS = 8
 SAMPLED = 12  # captions on a sample sheet
@@ -38,9 +39,9 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     """Trains the run to its last step, or to a signal, and returns its newest checkpoint."""
     found = find_checkpoint(run, resume)
     device = torch.device(pick_device(config.device))
-    tokenizer, codec = load_tokenizer(config.data.tokenizer), load_codec(config.data.codec, device)
-    fmt = format_of(config, tokenizer.special, tokenizer.vocab_size, codec)
-    config = with_statistics(resolved(config, fmt, codec), found)
+    codec = load_codec(config.data.codec, device)
+    config, tokenizer = prepare(config, codec, found)
+    config, fmt = with_statistics(config, found), format_of(config, tokenizer, codec)
     corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
@@ -52,6 +53,10 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     )
 
     model = build_model(config.model, device)
+    freeze(model, config.optim.freeze)
+    if config.optim.freeze:
+        n, all_n = (sum(p.numel() for p in ps) for ps in (trained(model), model.parameters()))
+        print(f"{n:,} of {all_n:,} parameters train")
     if config.train.compile:
         model.compile_layers()
     optimizers = build_optimizers(model, config.optim)
@@ -96,26 +101,6 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     return run_steps(run, config, training, batches, compute, sample)
 
 
-def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):
-    """Raises ValueError where the model of that name was trained with other tokens, those of `file`."""
-    if load_tokenizer(file).hf.get_vocab() != tokenizer.hf.get_vocab():
-        raise ValueError(f"{name} was trained with other tokens: set data.tokenizer={file}")
-
-
-def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
-    """Gives the model the weights of step 0: those of `init`; where it has none, fresh ones drawn from the seed."""
-    torch.manual_seed(config.seed)
-    model.init_weights()
-    if config.init:
-        trained = find(config.init)
-        same_tokens(config.init, trained.tokenizer, tokenizer)
-        parts = [{k: configs.to_dict(c)[k] for k in ("model", "diffusion")} for c in (trained.config, config)]
-        for line in checkpoint.differences(*parts):
-            print(f"init: {line}")
-        for name in checkpoint.load_weights(model, trained.weights, partly=True):
-            print(f"init: {name} is not in {config.init}, it starts fresh")
-
-
 def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """(LM loss sum, image loss sum, gradient norm) of a step; leaves the clipped gradients in the model."""
     device = model.norm.weight.device
@@ -148,7 +133,7 @@ def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, confi
 
 def with_statistics(config: RunConfig, found: Path | None) -> RunConfig:
     """The config with the latents' statistics of the weights that the run goes on from, if it does and names none."""
-    if config.data.latent_mean or not (found or config.init):
+    if config.data.latent_mean or not (found or config.init) or (not found and is_llama(config.init)):
         return config
     began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]) if found else find(config.init).config
     if began.data.codec != config.data.codec:

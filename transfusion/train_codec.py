@@ -67,6 +67,8 @@ class CodecRunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self):
+        if self.optim.freeze:
+            raise ValueError(f"optim.freeze = {list(self.optim.freeze)}: a codec trains whole, leave it out")
         if self.data.image_size % self.codec.factor:
             raise ValueError(
                 f"data.image_size = {self.data.image_size} is not a multiple of {self.codec.factor} pixels, a cell of "

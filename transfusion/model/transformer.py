@@ -1,14 +1,15 @@
-"""The transformer: a Llama trunk (pre-RMSNorm, RoPE, SwiGLU, no biases, untied head) that text and patches share.
+"""The transformer: a Llama trunk (RMSNorm, RoPE, SwiGLU, no biases, untied head) that text and patches share.
 
     h = embed(tokens), with patches.encode(z, t) at the patch positions            (linear, or half a U-Net)
-    h = h + attention(norm(h));  h = h + w2(silu(w1 x) * w3 x), x = norm(h)         for each layer
+    h = h + attention(norm(h));  h = h + ffn(norm(h)), ffn(x) = w2(silu(w1 x) * w3 x)   for each layer
+    h = h + norm(attention(h));  h = h + norm(ffn(h))                                   instead, with norm = "post"
     logits = output(norm(h)) at the text positions asked for;  predictions = patches.decode(norm(h)) at the patches
 
 The model is pure: it draws no noise, computes no loss and does not know what a prediction means.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,17 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from transfusion.model import mask as masks
 from transfusion.model.cache import Cache, LayerCache
+from transfusion.model.lora import MODULE_OF, LoraConfig
 from transfusion.model.patches import LinearPatches
+from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, is_adapter, text_twin
 from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import angles, rotate
 from transfusion.model.unet import STAGES, UNetPatches
 from transfusion.sequence import Batch, check_image_positions
+
+NORMS = ("pre", "post")
+SEPARABLE = ("ffn", "attention", "norms")
+PART = {"feed_forward": "ffn", "attention": "attention"}  # module of a layer -> which of SEPARABLE it is
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,11 @@ class ModelConfig:
     channels: int = 0  # 0 = the codec's
     sides: int = 0  # > 0: images are written with their size, each side at most so many patches
     rope_base: float = 10000.0
+    norm: str = "pre"  # of a layer: before attention and feed-forward; or "post", behind them, as in Swin and Chameleon
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    separate: tuple[str, ...] = ()  # what patches have weights of their own for (MoT): some of SEPARABLE
+    lora: LoraConfig = field(default_factory=LoraConfig)
     image_positions: str = "raster"  # rotary coordinates of patches; or "axial"
     causal_images: bool = False  # patches see only the patches before them (the paper's ablation)
     patch_positions: bool = False  # add sinusoids of row and column to every patch
@@ -61,10 +71,19 @@ class ModelConfig:
                 f"refine_width = {self.refine_width}, patch_size = {self.patch_size}: set refine_width=0 for none; "
                 "above 0 it wants an even patch_size"
             )
+        if self.norm not in NORMS:
+            raise ValueError(f"norm = {self.norm!r}: choose one of {', '.join(NORMS)}")
+        if len(set(self.separate)) < len(self.separate) or not set(self.separate) <= set(SEPARABLE):
+            raise ValueError(f"separate = {list(self.separate)}: choose some of {', '.join(SEPARABLE)}, each once")
         if self.patches not in PATCHES:
             raise ValueError(f"patches = {self.patches!r}: choose one of {', '.join(PATCHES)}")
         if self.patches == "codes" and (self.patch_size > 1):
             raise ValueError(f"patches = 'codes', patch_size = {self.patch_size}: a code is a cell; set patch_size=1")
+        if self.patches == "codes" and (self.separate or (self.lora.r and "image" in self.lora.paths)):
+            raise ValueError(
+                f"patches = 'codes', separate = {list(self.separate)}, lora.paths = {list(self.lora.paths)}: codes are "
+                "tokens, which go through the text path; set separate=[], lora.paths=text"
+            )
         if self.patches == "unet":
             if self.patch_size not in STAGES:
                 raise ValueError(
@@ -96,6 +115,17 @@ class ModelConfig:
     def patch_dim(self) -> int:
         return self.channels * self.patch_size**2
 
+    @property
+    def sorts(self) -> bool:
+        """Whether text and patches take different weights anywhere in the trunk."""
+        return bool(self.separate or self.lora.r)
+
+
+def matrix(config: ModelConfig, name: str, n_in: int, n_out: int) -> Linear:
+    """A layer's matrix of that name, with a twin and adapters as the config says."""
+    adapted = config.lora.r > 0 and name in config.lora.target_modules
+    return Linear(n_in, n_out, PART[MODULE_OF[name]] in config.separate, config.lora if adapted else None)
+
 
 PATCHES = {  # what stands between noisy patches and the transformer, on both sides
     "linear": lambda c: LinearPatches(c.dim, c.patch_dim, c.patch_positions, c.time_scale),
@@ -108,47 +138,77 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.wq = matrix(config, "wq", config.dim, config.n_heads * config.head_dim)
+        self.wk = matrix(config, "wk", config.dim, config.kv_heads * config.head_dim)
+        self.wv = matrix(config, "wv", config.dim, config.kv_heads * config.head_dim)
+        self.wo = matrix(config, "wo", config.n_heads * config.head_dim, config.dim)
+        separate = "attention" in config.separate
+        self.q_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask, cache: LayerCache | None):
-        heads = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k, v = heads  # [B, H, L, K]
-        q, k = (rotate(norm(a.float()), cos, sin).to(v.dtype) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
+    def heads(self, x: Tensor, path: int) -> list[Tensor]:
+        """q, k, v [..., H, K] of a stream [..., D]."""
+        q, k, v = (w(x, path).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q.float(), path), self.k_norm(k.float(), path)
+        return [q, k, v]
+
+    def forward(
+        self,
+        streams: list[Tensor],
+        order: Order,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask,
+        cache: LayerCache | None,
+    ) -> list[Tensor]:
+        of_streams = [self.heads(x, path) for path, x in enumerate(streams)]
+        q, k, v = (order.join(parts).transpose(1, 2) for parts in zip(*of_streams))  # [B, H, L, K]
+        q, k = (rotate(a.float(), cos, sin).to(v.dtype) for a in (q, k))
         if cache is not None:
             k, v = cache.extend(k, v)
             q = q.to(k.dtype)
         attend = flex_attention if isinstance(mask, BlockMask) else F.scaled_dot_product_attention
         out = attend(q, k, v, **{"block_mask" if attend is flex_attention else "attn_mask": mask}, enable_gqa=True)
-        return self.wo(out.transpose(1, 2).flatten(2))  # [B, L, D]
+        return [self.wo(x, path) for path, x in enumerate(order.split(out.transpose(1, 2).flatten(2)))]
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w1 = matrix(config, "w1", config.dim, config.hidden_dim)
+        self.w3 = matrix(config, "w3", config.dim, config.hidden_dim)
+        self.w2 = matrix(config, "w2", config.hidden_dim, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, path: int) -> Tensor:
+        return self.w2(F.silu(self.w1(x, path)) * self.w3(x, path), path)
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.post, separate = config.norm == "post", "norms" in config.separate
+        self.attention_norm = Norm(config.dim, config.norm_eps, separate)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = Norm(config.dim, config.norm_eps, separate)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask, cache: LayerCache | None = None):
-        h = h + self.attention(self.attention_norm(h), cos, sin, mask, cache)
-        return h + self.feed_forward(self.ffn_norm(h))
+    def forward(
+        self,
+        streams: list[Tensor],  # [rows [B, L, D]], or [text [M, D], patches [N, D]]
+        order: Order,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask,
+        cache: LayerCache | None = None,
+    ) -> list[Tensor]:
+        if self.post:
+            x = self.attention(streams, order, cos, sin, mask, cache)
+            streams = [h + self.attention_norm(a.float(), path) for path, (h, a) in enumerate(zip(streams, x))]
+            return [h + self.ffn_norm(self.feed_forward(h, path).float(), path) for path, h in enumerate(streams)]
+        x = [self.attention_norm(h, path) for path, h in enumerate(streams)]
+        streams = [h + a for h, a in zip(streams, self.attention(x, order, cos, sin, mask, cache))]
+        return [h + self.feed_forward(self.ffn_norm(h, path), path) for path, h in enumerate(streams)]
 
 
 class Transfusion(nn.Module):
@@ -166,7 +226,7 @@ class Transfusion(nn.Module):
         self.patches = PATCHES[config.patches](config)
         self.refine = Refine(config.patch_dim, config.patch_size, config.refine_width) if config.refine_width else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = Norm(config.dim, config.norm_eps, "norms" in config.separate)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.compiled = False
 
@@ -190,12 +250,14 @@ class Transfusion(nn.Module):
             patches, skips = self.patches.encode(z, t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
         cos, sin = angles(place, self.config.head_dim, self.config.rope_base)
+        order = Order(tokens.shape, patch_at if self.config.sorts else None)
+        streams = order.split(h)
         for i, layer in enumerate(self.layers):
-            h = layer(h, cos, sin, mask, None if cache is None else cache[i])
-        h = h.flatten(0, 1)
+            streams = layer(streams, order, cos, sin, mask, None if cache is None else cache[i])
+        h = order.join(streams).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
-        logits = self.output(self.norm(h[text_at]))
-        p = z if self.patches is None else self.patches.decode(self.norm(h[patch_at]), skips, t, grids)
+        logits = self.output(self.norm(h[text_at], TEXT))
+        p = z if self.patches is None else self.patches.decode(self.norm(h[patch_at], IMAGE), skips, t, grids)
         if self.refine is not None and len(z):
             p = p + self.refine(p, t, grids)
         return logits, p
@@ -209,10 +271,13 @@ class Transfusion(nn.Module):
         for name, p in self.layers.named_parameters():
             if p.ndim == 1:
                 nn.init.ones_(p)
+            elif is_adapter(name):
+                nn.init.kaiming_uniform_(p, 5**0.5) if name.endswith("A") else nn.init.zeros_(p)
             else:
-                residual = name.endswith(("wo.weight", "w2.weight"))
+                residual = ".wo." in name or ".w2." in name
                 nn.init.normal_(p, std=0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02)
-        nn.init.ones_(self.norm.weight)
+        for p in self.norm.parameters():
+            nn.init.ones_(p)
         if self.refine is not None:
             self.refine.init_weights()
 
@@ -223,8 +288,8 @@ class Transfusion(nn.Module):
 
     def compile_layers(self):
         """Compiles each block by itself: one compilation serves all, the rest stays open to change in shape."""
-        for layer in self.layers:
-            layer.compile(dynamic=False)
+        for layer in self.layers:  # how many patches there are changes from batch to batch, the size of rows does not
+            layer.compile(dynamic=None if self.config.sorts else False)
         self.compiled = True
 
 
@@ -239,14 +304,20 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> Tran
 
 
 def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
-    """(part, number of parameters): trunk (layers and last norm), text embedding and head, patch layers."""
-    parts = {
-        "trunk": [model.layers, model.norm],
+    """(part, number of parameters): the trunk (layers and last norm) as text goes through it, what patches have of it
+    for themselves and adapters where there are any, text embedding and head, patch layers."""
+    parts = {"trunk": 0, "image path": 0, "text adapters": 0, "image adapters": 0}
+    for name, p in [*model.layers.named_parameters(), *model.norm.named_parameters()]:
+        of_image = text_twin(name) is not None
+        adapters = "image adapters" if of_image else "text adapters"
+        parts[adapters if is_adapter(name) else "image path" if of_image else "trunk"] += p.numel()
+    yield from ((name, n) for name, n in parts.items() if n)
+    modules = {
         "text embedding and head": [model.tok_embeddings, model.output],
         "patches": [m for m in (model.patches, model.refine) if m is not None],
     }
-    for name, modules in parts.items():
-        yield name, sum(p.numel() for m in modules for p in m.parameters())
+    for name, of_part in modules.items():
+        yield name, sum(p.numel() for m in of_part for p in m.parameters())
 
 
 def row_mask(batch: Batch, model: Transfusion) -> Tensor | BlockMask:

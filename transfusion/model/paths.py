@@ -1,0 +1,98 @@
+"""Weights per path: text positions take the text path's, patches the image path's (MoT, arXiv 2411.04996).
+
+    rows [B, L]      <bos> a cat <boi> # # # # <eoi> | a dog <boi> # # # # <eoi>
+    text [M]         <bos> a cat <boi> <eoi> a dog <boi> <eoi>                          BOI and EOI are text
+    patches [N]      # # # # # # # #
+
+Which path a position takes is known from the layout alone, so nothing is routed by a learned gate. The trunk carries
+two streams instead of one, a matrix each, and joins them into rows for attention, where text and patches see each
+other. A weight without a twin of its own name with `image_` before it serves both paths.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfusion.model.lora import PATHS, LoraConfig
+
+TEXT, IMAGE = 0, 1  # a stream's number is its path
+
+
+class Order:
+    """Where the positions of rows [B, L] stand in the streams; without `patch_at` there is one stream, the rows."""
+
+    def __init__(self, shape: tuple[int, int], patch_at: Tensor | None):
+        self.shape, self.sorts = tuple(shape), patch_at is not None
+        if patch_at is not None:
+            S = shape[0] * shape[1]
+            self.n_text = S - len(patch_at)
+            is_patch = torch.zeros(S, dtype=torch.bool, device=patch_at.device).index_fill(0, patch_at, True)
+            self.at = is_patch.argsort(stable=True)  # [S] the position of each place: text first, each in its order
+            self.place = self.at.argsort()  # [S] the inverse
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The streams of rows [B, L, ...]: [rows], or [text [M, ...], patches [N, ...]]."""
+        if not self.sorts:
+            return [rows]
+        rows = rows.flatten(0, 1)
+        # a copy to places, not a gather from them: its derivative is a gather, that of a gather a sum
+        return list(torch.empty_like(rows).index_copy_(0, self.place, rows).tensor_split([self.n_text]))
+
+    def join(self, streams: list[Tensor]) -> Tensor:
+        """Rows [B, L, ...] of the streams: the inverse of `split`."""
+        if not self.sorts:
+            return streams[0]
+        joined = torch.cat(list(streams))
+        return torch.empty_like(joined).index_copy_(0, self.at, joined).unflatten(0, self.shape)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+class Linear(nn.Module):
+    """y = W x, plus alpha / r B A x where the path has an adapter; W, A and B are those of the path."""
+
+    def __init__(self, n_in: int, n_out: int, separate: bool = False, lora: LoraConfig | None = None):
+        super().__init__()
+        self.weight = parameter(n_out, n_in)
+        self.image_weight = parameter(n_out, n_in) if separate else None
+        self.scale = lora.alpha / lora.r if lora else 0.0
+        for path, prefix in zip(PATHS, ("", "image_")):
+            adapted = lora is not None and path in lora.paths
+            self.register_parameter(f"{prefix}lora_A", parameter(lora.r, n_in) if adapted else None)
+            self.register_parameter(f"{prefix}lora_B", parameter(n_out, lora.r) if adapted else None)
+
+    def forward(self, x: Tensor, path: int) -> Tensor:
+        """[..., n_out] of a stream [..., n_in]."""
+        own = path == IMAGE and self.image_weight is not None
+        y = F.linear(x, self.image_weight if own else self.weight)
+        A, B = (self.image_lora_A, self.image_lora_B) if path == IMAGE else (self.lora_A, self.lora_B)
+        return y if A is None else y + self.scale * F.linear(F.linear(x, A), B)
+
+
+class Norm(nn.Module):
+    """RMSNorm with the path's weight."""
+
+    def __init__(self, dim: int, eps: float, separate: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(dim)
+        self.image_weight = parameter(dim) if separate else None
+
+    def forward(self, x: Tensor, path: int) -> Tensor:
+        own = path == IMAGE and self.image_weight is not None
+        return F.rms_norm(x, x.shape[-1:], self.image_weight if own else self.weight, self.eps)
+
+
+def text_twin(name: str) -> str | None:
+    """The name of the text path's weight that a weight of the image path stands beside; None for all others."""
+    twin = re.sub(r"(^|\.)image_(?=(weight|lora_A|lora_B)$)", r"\1", name)
+    return twin if twin != name else None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is a matrix of an adapter."""
+    return name.endswith(("lora_A", "lora_B"))
