@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
+from transfusion.codec.load import load_codec
 from transfusion.config import load_config
 from transfusion.plan import count_flops
 from transfusion.run import RunConfig, resolve
@@ -71,7 +72,8 @@ def results(study: Study) -> dict[tuple[str, int], dict]:
 def overrides_of(study: Study, arm: str, seed: int) -> list[str]:
     """What the run changes in the base config, steps included."""
     given = [*study.set, *study.arms[arm].set, f"seed={seed}"]
-    config = resolve(load_config(RunConfig, study.base, [*given, "train.steps=1"]))
+    config = load_config(RunConfig, study.base, [*given, "train.steps=1"])
+    config = resolve(config, load_codec(config.data.codec))
     steps = round(study.flops / sum(count_flops(config).values()))
     if not steps:
         raise ValueError(f"flops = {study.flops:g} is less than half a step of {arm!r}: raise it")

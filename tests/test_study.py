@@ -1,0 +1,89 @@
+"""The runner of studies: a run a line, none twice, equal FLOPs, intervals by the book."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tiny_run import write_tiny
+
+from transfusion.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study", ROOT / "bench" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, flops: float) -> Path:
+    """A study of two arms, the second half as wide, of the tiny run."""
+    text = f'base = "{write_tiny(folder).as_posix()}"\nout = "{(folder / "out").as_posix()}"\nflops = {flops}\n'
+    text += 'seeds = [0, 1]\neval = ["n_captions=2", "n_images=2", "text_windows=1"]\nset = ["train.save_every=2"]\n'
+    text += 'report = ["denoising/train/loss", "absent"]\n[arms.wide]\n[arms.narrow]\nagainst = "wide"\n'
+    (folder / "study.toml").write_text(text + 'set = ["model.ffn_dim=32"]\n')
+    return folder / "study.toml"
+
+
+def test_arms_get_as_many_steps_as_their_flops_pay_for(study, tmp_path):
+    s = load_config(study.Study, write(tmp_path, 4e9))
+    steps = {arm: int(study.overrides_of(s, arm, 0)[-1].removeprefix("train.steps=")) for arm in s.arms}
+    assert steps["narrow"] > steps["wide"] > 3
+    double = load_config(study.Study, write(tmp_path / "double", 8e9))
+    assert int(study.overrides_of(double, "wide", 0)[-1].removeprefix("train.steps=")) == pytest.approx(
+        2 * steps["wide"], abs=1
+    )
+    with pytest.raises(ValueError, match="less than half a step of 'wide': raise it"):
+        study.overrides_of(load_config(study.Study, tmp_path / "study.toml", ["flops=1e3"]), "wide", 0)
+
+
+def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(study, tmp_path, capfd):
+    path = write(tmp_path, 1.2e9)
+    assert study.main([str(path), "seeds=0", "only=wide"]) == 0
+    first = (tmp_path / "out" / "results.jsonl").read_text()
+    assert study.main([str(path), "seeds=0"]) == 0
+    lines = (tmp_path / "out" / "results.jsonl").read_text()
+    assert lines.startswith(first) and lines.count("\n") == 2 and "== wide" in capfd.readouterr().out
+    wide, narrow = map(json.loads, lines.splitlines())
+    assert (wide["arm"], narrow["arm"], wide["seed"], narrow["seed"]) == ("wide", "narrow", 0, 0)
+    assert wide["flops"] == pytest.approx(1.2e9, rel=0.5) and wide["results"]["denoising/train/loss"] > 0
+    assert study.main([str(path), "--table"]) == 0
+    printed = capfd.readouterr().out
+    assert "| narrow - wide | 1 |" in printed and "absent" not in printed
+    assert (tmp_path / "out" / "results.jsonl").read_text() == lines
+
+
+def test_intervals_are_students(study):
+    mean, half = study.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(study.interval([1.0])[1])
+
+
+def test_differences_are_paired_by_seed(study, tmp_path):
+    s = load_config(study.Study, write(tmp_path, 1e9))
+    Path(s.out).mkdir()
+    with (Path(s.out) / "results.jsonl").open("w") as file:
+        for arm, seed, value in (("wide", 0, 1.0), ("wide", 1, 5.0), ("narrow", 0, 1.5), ("narrow", 1, 5.5)):
+            line = {"arm": arm, "seed": seed, "steps": 3, "results": {"denoising/train/loss": value}}
+            file.write(json.dumps(line) + "\n")
+    *_, last = study.table(s)
+    assert last == "| narrow - wide | 2 | +0.5 +- 0 |"
+
+
+def test_an_arm_that_is_not_there_is_refused(study, tmp_path):
+    path = write(tmp_path, 1e9)
+    for wrong in ("only=absent", "arms.narrow.against=absent"):
+        with pytest.raises(ValueError, match="none of"):
+            load_config(study.Study, path, [wrong])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "studies").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_study_loads_and_its_base_too(study, path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    s = load_config(study.Study, path)
+    assert s.arms and Path(s.base).is_file() and all(arm.against in s.arms for arm in s.arms.values() if arm.against)
