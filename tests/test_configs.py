@@ -44,7 +44,9 @@ def load(path: Path) -> RunConfig:
 
 def test_there_are_configs_to_test():
     papers = {f"paper-{size}-{patches}" for size in PAPER for patches in ("linear", "unet")}
-    assert {"demo", "emoji", "mot", "lora", "lmfusion-smollm2", *papers} <= {path.stem for path in CONFIGS}
+    assert {"demo", "emoji", "mot", "lora", "lmfusion-smollm2", "codes", "anywhere", *papers} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 @each_config
@@ -66,8 +68,10 @@ def test_a_shipped_config_is_planned(path, capsys):
 @each_config
 def test_an_image_of_a_shipped_config_fits_into_its_rows(path):
     config = load(path)
-    rows, columns = patch_grid((config.data.image_size,) * 2, config.data.factor, config.model.patch_size)
-    assert rows * columns + 4 <= config.train.seq_len  # <bos> <boi> ... <eoi> <eos>
+    for size in config.data.sizes:
+        rows, columns = patch_grid(size, config.data.factor, config.model.patch_size)
+        assert rows * columns + 6 <= config.train.seq_len  # <bos> <boi> [sides] ... <eoi> <eos>
+        assert max(rows, columns) <= config.model.sides or not config.model.sides
 
 
 def test_the_shipped_model_lacks_nothing_that_lora_begins_with_but_the_adapters():

@@ -29,14 +29,13 @@ from transfusion.run import RunConfig
 
 
 def grid_of(config: RunConfig) -> tuple[int, int]:
-    """(rows, columns) of the patches of an image."""
-    side = config.data.image_size
-    return patch_grid((side, side), config.data.factor, config.model.patch_size)
+    """(rows, columns) of the patches of an image; of several sizes the first stands for all."""
+    return patch_grid(config.data.sizes[0], config.data.factor, config.model.patch_size)
 
 
 def count_images(config: RunConfig) -> float:
     """Images of a step whose rows are filled to their last position; captions make it a little less."""
-    positions = math.prod(grid_of(config)) + 2  # <boi> patches <eoi>
+    positions = math.prod(grid_of(config)) + (4 if config.model.sides else 2)  # <boi> [sides] patches <eoi>
     return config.train.rows * config.train.seq_len * config.data.image_share / positions
 
 
