@@ -57,8 +57,8 @@ def find_codec(name: str | Path) -> TrainedCodec:
             raise ValueError(f"there is no codec {name}; shipped with this version: {there}")
     if not folder.is_dir():
         raise ValueError(
-            f"there is no codec {name}: name pixels, a run of train-codec, a checkpoint of it, an exported folder, "
-            "pretrained:NAME or diffusers:FOLDER"
+            f"there is no codec {str(name)!r}: name pixels, a run of train-codec, a checkpoint of it, an exported "
+            "folder, pretrained:NAME or diffusers:FOLDER"
         )
     if (folder / CONFIG).is_file():
         return of_codec(folder, json.loads((folder / CONFIG).read_text()), folder / WEIGHTS, "")
