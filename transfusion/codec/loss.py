@@ -2,10 +2,10 @@
 
     L = L1 + d_1 + 0.2 d_2 + 0.5 b L_GAN + 1e-6 L_KL        or the cost of the codebook in place of the KL
     L_GAN = -mean D(reconstruction), from step `gan_start`;  D itself minimises the hinge loss
-    b = |grad (L1 + d_1 + 0.2 d_2)| / |grad L_GAN|,          gradients by the reconstruction
+    b = |grad (L1 + d_1 + 0.2 d_2)| / |grad L_GAN|,          gradients by the weights of the decoder's last layer
 
-d are perceptual distances. b keeps the discriminator's say at half of the rest's, whatever its logits' scale; Esser et
-al. take both gradients by the last layer's weights, here they are taken where they meet, at no cost.
+d are perceptual distances. b, of Esser et al., keeps the discriminator's say at half of the rest's, whatever the scale of
+its logits. All gradients meet at the reconstruction and go back through the autoencoder once, together.
 """
 
 from collections.abc import Callable
@@ -100,12 +100,18 @@ def gradients(
             fake, real = d(seen).float(), d(images).float()
         fooled, worst = fake.mean(), hinge(real, fake)
         (up,) = torch.autograd.grad(-fooled, seen, retain_graph=True)
-        grad = grad + config.gan_weight * grad.norm() / up.norm().clamp(min=1e-12) * up
+        rest, gan = (norm_at(ae.decoder.conv_out.weight, out, g) for g in (grad, up))
+        grad = grad + config.gan_weight * rest / gan.clamp(min=1e-8) * up
         worst.backward(inputs=list(d.parameters()))
     weight = config.kl_weight if latent.codes is None else config.codebook_weight
     torch.autograd.backward([out, weight * latent.cost], [grad.to(out.dtype), None])
     terms = Terms(l1, *far, latent.cost, fooled, worst)
     return Terms(*(x.detach() for x in terms)), latent, vectors.detach()
+
+
+def norm_at(weight: Tensor, out: Tensor, grad: Tensor) -> Tensor:
+    """The norm of the gradient that reaches the weight from `grad` at the output."""
+    return torch.autograd.grad(out, weight, grad.to(out.dtype), retain_graph=True)[0].norm()
 
 
 def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from transfusion.cachedir import cachedir
 from transfusion.codec.codec import Codec
 from transfusion.data import latents as latent_cache
 from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed
@@ -118,7 +119,7 @@ def with_latents(corpus: Corpus) -> Corpus:
     config, codec = corpus.config, corpus.codec
     if not codec.key:
         return corpus
-    folder = Path(config.latent_cache).expanduser() if config.latent_cache else latent_cache.cache_folder()
+    folder = Path(config.latent_cache).expanduser() if config.latent_cache else cachedir("latents")
     groups = {**corpus.captions, "interleaved": corpus.interleaved}
     raw = {name: latent_cache.encode(group.images, codec, folder) for name, group in groups.items()}
     if corpus.fmt.codes:

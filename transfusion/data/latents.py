@@ -1,6 +1,6 @@
 """The latents of all images of a run, encoded once and kept on disk.
 
-    ~/.cache/transfusion/latents/KEY.npy        [n, C, h, w] float32, KEY = sha256(codec, images)
+    CACHE/latents/KEY.npy        [n, C, h, w] float32, KEY = sha256(codec, images), CACHE as `cachedir.py` says
 
 The name follows from the codec's weights and from every pixel, so a change of either makes another file, and a file
 that is there is right. Written under a temporary name and renamed, so that it is there whole or not at all.
@@ -16,11 +16,6 @@ import numpy as np
 from transfusion.codec.codec import Codec
 
 AT_ONCE = 32  # images in a call of the codec
-
-
-def cache_folder() -> Path:
-    """Where latents are kept: $XDG_CACHE_HOME/transfusion/latents, or ~/.cache/transfusion/latents."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transfusion" / "latents"
 
 
 def encode(images: Sequence[np.ndarray], codec: Codec, folder: Path) -> list[np.ndarray]:
