@@ -108,9 +108,7 @@ def test_sides_have_rows_behind_those_of_the_checkpoint(tmp_path):
     _, folder = write_llama(tmp_path)
     config = run_config(folder)
     assert resolve(replace(config, model=ModelConfig(patch_size=4, sides=5)), PIXELS).model.vocab_size == ROWS + 5
-    with pytest.raises(
-        ValueError, match=rf"vocab_size = {ROWS}, {ROWS + 5} tokens are needed: {ROWS} of"
-    ):
+    with pytest.raises(ValueError, match=rf"vocab_size = {ROWS}, {ROWS + 5} tokens are needed: {ROWS} of"):
         resolve(replace(config, model=ModelConfig(patch_size=4, sides=5, vocab_size=ROWS)), PIXELS)
 
 
