@@ -47,9 +47,10 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
     held_out = sum(len(c) for c in corpus.captions.values()) - len(corpus.captions["train"])
+    documents = {split: len(of_split) for split, of_split in corpus.interleaved.documents.items()}
     print(
-        f"to train on: {len(corpus.captions['train'])} images, {len(corpus.works)} texts; "
-        f"held out: {held_out} images, {len(corpus.held_out_text)} texts"
+        f"to train on: {len(corpus.captions['train'])} images, {documents['train']} documents, {len(corpus.works)} texts; "
+        f"held out: {held_out} images, {documents['held_out']} documents, {len(corpus.held_out_text)} texts"
     )
 
     model = build_model(config.model, device)
