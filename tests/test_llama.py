@@ -104,6 +104,14 @@ def test_the_sizes_are_taken_from_the_checkpoint_and_said_in_the_resolved_config
     assert "dim = 32" in capsys.readouterr().out
 
 
+def test_sides_have_rows_behind_those_of_the_checkpoint(tmp_path):
+    _, folder = write_llama(tmp_path)
+    config = run_config(folder)
+    assert resolve(replace(config, model=ModelConfig(patch_size=4, sides=5)), PIXELS).model.vocab_size == ROWS + 5
+    with pytest.raises(ValueError, match=rf"vocab_size = {ROWS}, {ROWS + 5} tokens are needed: {ROWS} of"):
+        resolve(replace(config, model=ModelConfig(patch_size=4, sides=5, vocab_size=ROWS)), PIXELS)
+
+
 def test_sizes_that_say_otherwise_are_an_error_that_lists_them(tmp_path):
     _, folder = write_llama(tmp_path)
     config = replace(run_config(folder), model=ModelConfig(dim=64, n_layers=3, rope_base=500.0, patch_size=4))

@@ -85,7 +85,7 @@ def test_two_workers_give_what_none_gives_in_the_same_order(start):
 
 def test_signals_that_reach_the_workers_lose_no_batch():
     batches = load_batches(PACKER, 0, 30, 2, pin_memory=False)
-    got = [next(batches)]
+    got = [next(batches), next(batches)]  # one of each worker, so both are past their start
     for s in (signal.SIGINT, signal.SIGTERM):
         for child in multiprocessing.active_children():
             os.kill(child.pid, s)

@@ -51,6 +51,7 @@ OPTIONS = {
         "unet_blocks": 1,
         "patch_size": 4,
         "n_kv_heads": 1,
+        "separate": SEPARABLE,
         "qk_norm": True,
         "image_positions": "axial",
         "patch_positions": True,
