@@ -46,10 +46,12 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
-    held_out = sum(len(c) for c in corpus.captions.values()) - len(corpus.captions["train"])
+    images = len(corpus.captions["train"])
+    held_out = sum(len(c) for c in corpus.captions.values()) - images
+    documents = {split: len(of_split) for split, of_split in corpus.interleaved.documents.items()}
     print(
-        f"to train on: {len(corpus.captions['train'])} images, {len(corpus.works)} texts; "
-        f"held out: {held_out} images, {len(corpus.held_out_text)} texts"
+        f"to train on: {images} images, {documents['train']} documents, {len(corpus.works)} texts; "
+        f"held out: {held_out} images, {documents['held_out']} documents, {len(corpus.held_out_text)} texts"
     )
 
     model = build_model(config.model, device)

@@ -62,7 +62,8 @@ class DataConfig:
             raise ValueError("data.images is empty: name a folder of captioned images, or set data.image_share=0")
         if self.image_share < 1 and not self.text:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
-        assert all(self.sizes)
+        for text in self.buckets:
+            parse_size(text)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
