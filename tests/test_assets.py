@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import transfusion
+from transfusion.codec.load import load_codec
 from transfusion.data.images import OPENMOJI, load_images
 from transfusion.data.text import load_text
+from transfusion.evals.similarity import psnr, ssim
 from transfusion.tokenizer import load_tokenizer
 
 ASSETS = Path(transfusion.__file__).parent / "assets"
@@ -133,3 +135,11 @@ def test_the_shipped_tokenizer_has_2048_tokens_and_short_captions(openmoji):
     macbeth = load_text("shakespeare")[0].held_out[0]
     ids = tokenizer.encode(macbeth)
     assert tokenizer.decode(ids) == macbeth and len(macbeth) / len(ids) > 2.5
+
+
+def test_the_shipped_codec_gives_drawings_back_that_it_never_saw(openmoji):
+    codec = load_codec("pretrained:emoji")
+    assert (codec.channels, codec.factor, codec.codes) == (8, 4, 0)
+    held_out = openmoji["images"][openmoji["split"] == "held_out_image"][::6]
+    back = codec.decode(codec.encode(held_out))
+    assert psnr(held_out, back).mean() > 28 and ssim(held_out, back).mean() > 0.93

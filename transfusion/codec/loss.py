@@ -2,7 +2,7 @@
 
     L = L1 + d_1 + 0.2 d_2 + 0.5 b L_GAN + 1e-6 L_KL        or the cost of the codebook in place of the KL
     L_GAN = -mean D(reconstruction), from step `gan_start`;  D itself minimises the hinge loss
-    b = |grad (L1 + d_1 + 0.2 d_2)| / |grad L_GAN|,          gradients by the weights of the decoder's last layer
+    b = |grad (L1 + d_1 + 0.2 d_2)| / |grad L_GAN|,       gradients by the weights of the decoder's last layer
 
 d are perceptual distances. b, of Esser et al., keeps the discriminator's say at half of the rest's, whatever the scale
 of its logits. All gradients meet at the reconstruction and go back through the autoencoder once, together.
