@@ -4,7 +4,7 @@ pixels                                   no codec: the latents are the pixels
 runs/codec                               a train-codec run: its newest checkpoint's averaged weights
 runs/codec/checkpoints/step_00001000     those of that checkpoint
 exported/                                model.safetensors + config.json
-pretrained:emoji                         an exported folder inside the package, of assets/codecs
+pretrained:emoji, pretrained:emoji-vq    exported folders inside the package, of assets/codecs
 diffusers:FOLDER                         an autoencoder of diffusers, from a folder or the hub
 """
 
