@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config
-from transfusion.plan import count_flops
+from transfusion.plan import count_6nd, count_flops
 from transfusion.run import RunConfig, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +97,7 @@ def run(study: Study, arm: str, seed: int) -> dict:
         "set": overrides,
         "steps": config.train.steps,
         "flops": config.train.steps * sum(count_flops(config).values()),
+        "flops_6nd": config.train.steps * count_6nd(config),
         "seconds": round(seconds, 1),
         "resumed": bool(resume),
         "commit": commit.stdout.strip(),

@@ -16,7 +16,7 @@ from transfusion.data.loader import Packer
 from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.transformer import SEPARABLE, ModelConfig, build_model, row_mask
 from transfusion.optim import build_optimizers, freeze, init_ema
-from transfusion.plan import count_flops, count_images, estimate_memory, patch_layers, plan
+from transfusion.plan import count_6nd, count_flops, count_images, estimate_memory, patch_layers, plan
 from transfusion.run import RunConfig, TrainConfig
 from transfusion.sequence import Format, Image, Text, collate, lay_out
 
@@ -226,3 +226,11 @@ def test_the_plan_is_a_table_with_totals_that_add_up():
         values = [float(line[28:40].replace(",", "")) for line in section.splitlines()[1:]]
         assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.006 * len(values))
     assert "1,000 steps of 1,024 positions = 1,024,000 positions" in text
+
+
+def test_6nd_is_six_times_what_a_position_goes_through():
+    dense = sum(p.numel() for p in build_model(CONFIG.model).parameters())
+    positions = CONFIG.train.rows * CONFIG.train.seq_len
+    assert count_6nd(CONFIG) == 6 * dense * positions
+    assert count_6nd(with_model(CONFIG, separate=SEPARABLE)) == count_6nd(CONFIG)
+    assert "6 N D" in plan(CONFIG)

@@ -84,6 +84,12 @@ def count_flops(config: RunConfig) -> dict[str, float]:
     return flops if m.lora.r else {name: value for name, value in flops.items() if name != "adapters"}
 
 
+def count_6nd(config: RunConfig) -> float:
+    """FLOPs of one step as the paper counts them, 6 x parameters x positions; of two paths a position takes one."""
+    parts = dict(parameter_counts(build_model(config.model, "meta")))
+    return 6.0 * (sum(parts.values()) - parts.get("image path", 0)) * config.train.rows * config.train.seq_len
+
+
 def estimate_memory(config: RunConfig) -> dict[str, float]:
     """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits."""
     m, c = config.model, config.train
@@ -130,5 +136,6 @@ def plan(config: RunConfig) -> str:
             *rows("a step, forward and backward", flops, 1e9, "GFLOP"),
             *rows("memory of one device", memory, 2**20, "MiB"),
             length,
+            f"a step counted as the paper counts, 6 N D: {count_6nd(config) / 1e9:,.2f} GFLOP",
         ]
     )
