@@ -1,6 +1,7 @@
 """From a config to a corpus: images anywhere, sizes, latents and codes, each as the sources say, nothing lost."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,7 @@ CHAIN = ["one", {"image": "a.png"}, "two", {"image": "c.png"}, "end"]
 
 def corpus_of(folder, lines=({"segments": EDIT}, {"segments": CHAIN}), codec=PIXELS, fmt=FMT, seq_len=64, **config):
     config = {"images": (), "text": (), "image_share": 1.0, "image_size": 8, "caption_dropout": 0.0, **config}
+    folder.mkdir(exist_ok=True)
     path = folder_of_documents(folder / "documents", list(lines))
     return build_corpus(DataConfig(documents=(path,), **config), TOKENIZER, codec, fmt, seq_len)
 
@@ -207,6 +209,19 @@ def test_statistics_are_those_of_all_cells_of_latents_of_any_size():
     mean, std = statistics(latents)
     np.testing.assert_allclose(mean, flat.mean(1), rtol=1e-6)
     np.testing.assert_allclose(std, flat.std(1), rtol=1e-6)
+
+
+def test_workers_get_documents_without_the_networks_of_the_codec(tmp_path):
+    corpus, _ = corpus_of(tmp_path, codec=KEYED, latent_cache=str(tmp_path / "cache"))
+    with pytest.raises(Exception, match="pickle"):  # functions made on the fly go to no other process
+        pickle.dumps(corpus)
+    sent = pickle.loads(pickle.dumps(corpus.without_networks()))
+    for k in range(4):
+        here, there = (lay_out(c.image_document(0, k), FMT) for c in (corpus, sent))
+        np.testing.assert_array_equal(here.tokens, there.tokens)
+        np.testing.assert_array_equal(here.patches, there.patches)
+    plain, _ = corpus_of(tmp_path / "plain")
+    assert plain.without_networks() is plain
 
 
 # ---- codes ----

@@ -92,7 +92,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
                 "grad_norm": norm.item(),
             }
 
-        counts = {"images": n_images, "tokens": sum(b.tokens.numel() for b in micro)}
+        counts = {"tokens": sum(b.tokens.numel() for b in micro)} | ({"images": n_images} if n_images else {})
         return Step(norm + lm + image, counts, numbers)
 
     def sample(path: Path):

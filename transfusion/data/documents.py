@@ -15,7 +15,7 @@ caption sees.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -143,6 +143,12 @@ class Corpus:
     @property
     def special(self) -> Special:
         return self.fmt.special
+
+    def without_networks(self) -> "Corpus":
+        """The corpus for processes that only write documents: they need no more of a codec than its sizes."""
+        if not self.codec.key:  # it encodes when it is asked to
+            return self
+        return replace(self, codec=replace(self.codec, encode=None, decode=None, quantize=None, lookup=None))
 
     @cached_property
     def stream(self) -> np.ndarray:

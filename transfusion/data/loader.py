@@ -10,7 +10,7 @@ decreasing), and fills every gap with text: row r gets window s*rows + r, cut to
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -84,5 +84,6 @@ def load_batches(packer: Packer, start: int, stop: int, workers: int, pin_memory
     """The micro-batches of each step from `start` to `stop`, prepared ahead by `workers` processes (0 = in line)."""
     if not workers:
         return (packer.batches(step) for step in range(start, stop))
+    packer = replace(packer, corpus=packer.corpus.without_networks())
     options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": outlive_signals}
     return iter(DataLoader(Steps(packer, start, stop), batch_size=None, **options))
