@@ -4,9 +4,9 @@
     python bench/study.py bench/studies/paper.toml --table    # only the table
 
 A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, and runs may be split
-among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its own FLOPs (transfusion/plan.py), so
-arms of unequal cost a step get unequal steps. Arms are compared seed by seed: the mean difference to the arm that each
-is measured against, with the 95 % interval of Student's t over the seeds.
+among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its own FLOPs as they are packed
+(`count_packed` in transfusion/plan.py), so arms of unequal cost a step get unequal steps. Arms are compared seed by
+seed: the mean difference to the arm that each is measured against, with the 95 % interval of Student's t.
 """
 
 import argparse
@@ -22,12 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
+from transfusion.checkpoint import latest_checkpoint, read_state
+from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config
-from transfusion.plan import count_6nd, count_flops
-from transfusion.run import RunConfig, resolve
+from transfusion.data.corpus import build_corpus
+from transfusion.data.loader import Packer
+from transfusion.plan import count_6nd, count_packed
+from transfusion.run import RunConfig, format_of, load_own_tokenizer, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNTED = 8  # steps whose FLOPs are counted
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by seeds - 1
 
 
@@ -73,30 +78,42 @@ def overrides_of(study: Study, arm: str, seed: int) -> list[str]:
     """What the run changes in the base config, steps included."""
     given = [*study.set, *study.arms[arm].set, f"seed={seed}"]
     config = load_config(RunConfig, study.base, [*given, "train.steps=1"])
-    config = resolve(config, load_codec(config.data.codec))
-    steps = round(study.flops / sum(count_flops(config).values()))
+    codec = load_codec(config.data.codec)
+    steps = round(study.flops / flops_of_step(resolve(config, codec), codec))
     if not steps:
         raise ValueError(f"flops = {study.flops:g} is less than half a step of {arm!r}: raise it")
     return [*given, f"train.steps={steps}"]
 
 
-def run(study: Study, arm: str, seed: int) -> dict:
+def flops_of_step(config: RunConfig, codec: Codec) -> float:
+    """Mean FLOPs of the first steps as they are packed, forward and backward."""
+    tokenizer = load_own_tokenizer(config)
+    fmt = format_of(config, tokenizer, codec)
+    corpus, _ = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
+    packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
+    return fmean(count_packed(config, packer.batches(step)) for step in range(COUNTED))
+
+
+def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
     """Trains and evaluates one run; its line of results."""
-    folder = Path(study.out) / f"{arm.replace(' ', '-')}-{seed}"
-    overrides, start = overrides_of(study, arm, seed), time.perf_counter()
+    folder, start = Path(study.out) / f"{arm}-{seed}", time.perf_counter()
     resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
     command = [sys.executable, "-m", "transfusion.cli"]
     subprocess.run([*command, "train", study.base, *overrides, f"out={folder}", *resume], check=True)
     seconds = time.perf_counter() - start
+    saved = read_state(latest_checkpoint(folder / "checkpoints"))["step"]
+    if f"train.steps={saved}" != overrides[-1]:
+        raise ValueError(f"{folder} was stopped at step {saved}: call the study again, it goes on from there")
     subprocess.run([*command, "eval", str(folder), *study.eval, "--json", str(folder / "eval.json")], check=True)
     config = load_config(RunConfig, folder / "config.toml")
+    codec = load_codec(config.data.codec)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "arm": arm,
         "seed": seed,
         "set": overrides,
         "steps": config.train.steps,
-        "flops": config.train.steps * sum(count_flops(config).values()),
+        "flops": config.train.steps * flops_of_step(config, codec),
         "flops_6nd": config.train.steps * count_6nd(config),
         "seconds": round(seconds, 1),
         "resumed": bool(resume),
@@ -153,16 +170,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         study = load_config(Study, args.study, args.overrides)
-        for seed in study.seeds if not args.table else []:
-            for arm in study.only or study.arms:
-                if (arm, seed) in results(study):
-                    continue
+        wanted = [] if args.table else [(arm, seed) for seed in study.seeds for arm in study.only or study.arms]
+        of_arm = {arm: overrides_of(study, arm, study.seeds[0]) for arm in dict(wanted)}  # what cannot be, before all
+        for arm, seed in wanted:
+            overrides = [o.replace(f"seed={study.seeds[0]}", f"seed={seed}") for o in of_arm[arm]]
+            on_record = results(study).get((arm, seed))
+            if on_record and on_record["set"] != overrides:
+                raise ValueError(
+                    f"{study.out}/results.jsonl has {arm}, seed {seed} with other settings: set another out"
+                )
+            if not on_record:
                 print(f"== {arm}, seed {seed}", flush=True)
-                line = run(study, arm, seed)
+                line = run(study, arm, seed, overrides)
                 with (Path(study.out) / "results.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
         print("\n".join(table(study)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,5 +1,7 @@
 """One thread for all tests, no deadline for hypothesis (nothing is timed), and `gpu` tests only where CUDA is."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,13 @@ from hypothesis import settings
 torch.set_num_threads(1)  # a tiny forward on a busy machine: 9 ms with one thread, 560 ms with all
 settings.register_profile("transfusion", deadline=None)
 settings.load_profile("transfusion")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Nothing is read from or left in the user's cache, but for what was fetched into it by hand."""
+    if "TRANSFUSION_CACHE" not in os.environ:
+        os.environ["TRANSFUSION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,19 +1,20 @@
 """Every shipped config: it loads, it is planned, its model or codec builds."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from transfusion.checkpoint import load_weights
+from transfusion.checkpoint import differences, load_weights
 from transfusion.cli import main
 from transfusion.codec.autoencoder import build_autoencoder
 from transfusion.codec.bottleneck import COMMITMENT
 from transfusion.codec.codec import PIXELS, patch_grid
 from transfusion.codec.load import load_codec
 from transfusion.codec.loss import Networks
-from transfusion.config import load_config
+from transfusion.config import load_config, to_dict
 from transfusion.model.paths import is_adapter
 from transfusion.model.transformer import SEPARABLE, build_model, parameter_counts
 from transfusion.pretrained import find
@@ -47,6 +48,16 @@ def test_there_are_configs_to_test():
     assert {"demo", "emoji", "mot", "lora", "lmfusion-smollm2", "codes", "anywhere", *papers} <= {
         path.stem for path in CONFIGS
     }
+
+
+def test_the_discrete_baseline_is_the_studys_arm():
+    arm = tomllib.loads((FOLDER.parent / "bench/studies/paper.toml").read_text())["arms"]["codes"]
+    of_study = load_config(RunConfig, FOLDER / "study.toml", arm["set"])
+    alone = load_config(RunConfig, FOLDER / "codes.toml")
+    for part in ("model", "data", "optim", "sample"):
+        differ = differences(to_dict(getattr(of_study, part)), to_dict(getattr(alone, part)))
+        assert all(line.startswith(("steps", "solver", "t_shift")) for line in differ), differ  # of diffusion
+    assert alone.train.z_loss == of_study.train.z_loss
 
 
 @each_config

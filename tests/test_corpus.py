@@ -13,6 +13,7 @@ from transfusion.data.corpus import build_corpus
 from transfusion.data.documents import DataConfig, Placed
 from transfusion.data.latents import encode, statistics
 from transfusion.data.loader import Packer
+from transfusion.run import same_codec
 from transfusion.sequence import Codes, Format, Text, lay_out
 from transfusion.tokenizer import load_tokenizer
 
@@ -166,7 +167,7 @@ def test_images_take_the_closest_of_the_buckets_and_pack_together(tmp_path):
 
 
 def test_latents_are_standardised_by_statistics_of_training_that_the_config_then_holds(tmp_path):
-    corpus, _ = corpus_of(tmp_path, codec=KEYED, latent_cache=str(tmp_path / "cache"))
+    corpus, _ = corpus_of(tmp_path, codec=KEYED)
     c = corpus.config
     assert len(c.latent_mean) == len(c.latent_std) == 3
     latents = np.stack([corpus.image(corpus.interleaved, i).latents for i in range(3)])
@@ -176,9 +177,30 @@ def test_latents_are_standardised_by_statistics_of_training_that_the_config_then
         np.testing.assert_allclose(corpus.codec.encode(image[None])[0], latents[i], atol=1e-5)
 
 
+def test_statistics_are_of_training_documents_alone_and_none_are_wanted_without_images(tmp_path):
+    held_out = [{"image": "a.png", "learn": False}, "x", {"image": "b.png"}]
+    train = [{"image": "c.png"}, "y", {"image": "d.png"}]
+    lines = [{"segments": held_out, "split": "held_out"}, {"segments": train, "split": "train"}]
+    corpus, _ = corpus_of(tmp_path, lines=lines, codec=KEYED)
+    images = [corpus.interleaved.images[s.number] for s in corpus.interleaved.documents["train"][0].segments[::2]]
+    mean, _ = statistics(list(PIXELS.encode(np.stack(images))))
+    np.testing.assert_allclose(corpus.config.latent_mean, mean, atol=1e-6)
+    (tmp_path / "words.txt").write_text("some words of mine. " * 200)
+    alone = DataConfig((), (str(tmp_path / "words.txt"),), image_share=0.0, image_size=8)
+    corpus, _ = build_corpus(alone, TOKENIZER, KEYED, FMT, 64)
+    assert corpus.config.latent_std == (1.0, 1.0, 1.0) and corpus.config.codec_key == "v1"
+
+
+def test_a_codec_whose_weights_changed_is_refused():
+    data = DataConfig(image_size=8, codec_key="v1")
+    assert same_codec(KEYED, data) is KEYED and same_codec(PIXELS, DataConfig()) is PIXELS
+    with pytest.raises(ValueError, match="changed since the model learned its latents"):
+        same_codec(replace(KEYED, key="v2"), data)
+
+
 def test_statistics_that_the_config_names_are_used_as_they_are(tmp_path):
     given = {"latent_mean": (0.5, 0.5, 0.5), "latent_std": (2.0, 2.0, 2.0)}
-    corpus, _ = corpus_of(tmp_path, codec=KEYED, latent_cache=str(tmp_path / "cache"), **given)
+    corpus, _ = corpus_of(tmp_path, codec=KEYED, **given)
     assert corpus.config.latent_mean == (0.5, 0.5, 0.5)
     raw = PIXELS.encode(corpus.interleaved.images[1][None])[0]
     np.testing.assert_allclose(corpus.image(corpus.interleaved, 1).latents, (raw - 0.5) / 2, atol=1e-6)
@@ -212,7 +234,7 @@ def test_statistics_are_those_of_all_cells_of_latents_of_any_size():
 
 
 def test_workers_get_documents_without_the_networks_of_the_codec(tmp_path):
-    corpus, _ = corpus_of(tmp_path, codec=KEYED, latent_cache=str(tmp_path / "cache"))
+    corpus, _ = corpus_of(tmp_path, codec=KEYED)
     with pytest.raises(Exception, match="pickle"):  # functions made on the fly go to no other process
         pickle.dumps(corpus)
     sent = pickle.loads(pickle.dumps(corpus.without_networks()))
@@ -229,11 +251,21 @@ def test_workers_get_documents_without_the_networks_of_the_codec(tmp_path):
 
 def test_images_are_codes_where_the_format_says_so_and_given_ones_are_no_targets(tmp_path):
     fmt = replace(FMT, patch_size=1, codes=5)
-    corpus, _ = corpus_of(
-        tmp_path, lines=[{"segments": EDIT}], codec=DISCRETE, fmt=fmt, seq_len=160, latent_cache=str(tmp_path)
-    )
+    corpus, _ = corpus_of(tmp_path, lines=[{"segments": EDIT}], codec=DISCRETE, fmt=fmt, seq_len=160)
     bos, given, text, drawn, eos = corpus.image_document(0, 0)
     assert isinstance(given, Codes) and given.codes.shape == (8, 8) and (given.learn, drawn.learn) == (False, True)
     np.testing.assert_array_equal(given.codes, DISCRETE.quantize(PIXELS.encode(corpus.interleaved.images[0][None]))[0])
     s = lay_out([bos, given, text, drawn, eos], fmt)
     assert (s.target >= fmt.first_code).sum() == 64 and not s.patches.size
+
+
+def test_codes_know_no_noise_limit_and_no_clean_copies(tmp_path):
+    fmt = replace(FMT, patch_size=1, codes=5)
+    for i, options in enumerate(({"conditioning": "clean"}, {"noise_limit": 0.0})):
+        corpus, reports = corpus_of(tmp_path / str(i), codec=DISCRETE, fmt=fmt, seq_len=160, **options)
+        for d in corpus.interleaved.documents["train"]:
+            written = lay_out([Text(np.array([1])), *corpus.document(d.segments), Text(np.array([2]))], fmt)
+            assert corpus.length(d.segments) == len(written)
+            codes = [s for s in corpus.document(d.segments) if isinstance(s, Codes)]
+            assert [s.learn for s in codes] == [s.learn for s in d.segments if isinstance(s, Placed)]
+        assert all(report.skipped == {} for report in reports.values())

@@ -1,5 +1,6 @@
 """Edits: an engine that draws what is wanted is right, one that copies is as wrong as a copy, and splits stay apart."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_an_empty_canvas_has_no_colour_and_no_shape(corpus):
     found = dict(evaluate_editing(engine_that(lambda prompt: blank, corpus), corpus, EvalConfig(n_edits=1)))
     assert found["editing/train/n"] == 1 and found["editing/train/colour"] == found["editing/train/overlap"] == 0
     assert dict(evaluate_editing(engine_that(wanted, corpus), corpus, EvalConfig(n_edits=0))) == {}
+
+
+def test_what_is_asked_for_that_is_no_colour_is_not_taken_for_one(corpus):
+    documents = {
+        "train": [d._replace(info={"to": "relief"}) for d in corpus.interleaved.documents["train"]],
+        "held_out": [],
+    }
+    maps = replace(corpus, interleaved=replace(corpus.interleaved, documents=documents))
+    found = dict(evaluate_editing(engine_that(wanted, corpus), maps, EvalConfig()))
+    assert "editing/train/mse" in found and not any(name.endswith(("colour", "overlap")) for name in found)
 
 
 def test_sheets_show_what_was_given_drawn_and_wanted(corpus, tmp_path):

@@ -14,7 +14,7 @@ from random_rows import PATCH_DIM, SPECIAL, VOCAB
 from test_transformer import OPTIONS, random_model
 
 from transfusion.codec.codec import PIXELS
-from transfusion.data.documents import DataConfig, caption_then_image, image_then_caption
+from transfusion.data.documents import DataConfig, caption_then_image, image_alone, image_then_caption
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
 from transfusion.diffusion.solver import SOLVERS, denoiser_from
@@ -74,7 +74,8 @@ def whole(engine: Engine, document: list[Text | Image], z=None, t=None):
     z = torch.from_numpy(s.patches) if z is None else z
     t = torch.zeros(len(s.t_max)) if t is None else t
     inputs = (torch.from_numpy(s.tokens)[None], torch.from_numpy(s.place)[None])
-    mask = dense_mask(torch.zeros_like(image), image, torch.from_numpy(s.hidden)[None])
+    full = not engine.config.model.causal_images
+    mask = dense_mask(torch.zeros_like(image), image, torch.from_numpy(s.hidden)[None], full)
     return engine.model(*inputs, mask, z, t, image[0, at], s.grids, at, torch.arange(len(s)))
 
 
@@ -122,7 +123,9 @@ def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, gui
         torch.testing.assert_close(torch.from_numpy(got[0][0].latents), want, rtol=0, atol=2e-5)
 
 
-def slow_image(engine, document, random, text, image=1.0, size=(SIZE, SIZE), interval=(0.0, 1.0)) -> torch.Tensor:
+def slow_image(
+    engine, document, random, text, image=1.0, size=(SIZE, SIZE), interval=(0.0, 1.0), renormalise=False
+) -> torch.Tensor:
     """[C, h, w] latents of the image that continues a document, drawn by whole passes."""
     c, k = engine.config, engine.fmt.patch_size
     n = size[0] * size[1] // k**2
@@ -138,6 +141,8 @@ def slow_image(engine, document, random, text, image=1.0, size=(SIZE, SIZE), int
         guided = nothing + image * (seen - nothing) + text * (cond - seen)
         if not images:
             guided = nothing + text * (cond - nothing)
+        if renormalise:
+            guided = guided * min(1.0, (cond.norm() / guided.norm()).item())
         return guided if interval[0] <= t[0, 0] <= interval[1] else cond
 
     schedule = SCHEDULES[c.diffusion.schedule]
@@ -370,8 +375,12 @@ def test_guidance_keeps_to_its_interval():
     assert engine.draw(["abc"], guidance_interval=(0, 0)) == engine.draw(["abc"], guidance=1.0)
 
 
-def test_a_renormalised_image_comes_out_the_same_alone_and_beside_others_and_differs_from_a_plain_one():
+def test_a_renormalised_image_is_that_of_whole_passes_and_comes_out_the_same_alone_and_beside_others_and_differs_from_a_plain_one():
     engine = engine_of()
+    sampling = replace(engine.config.sample, guidance=4.0, renormalise=True)
+    ((drawn,),) = engine.complete([engine.open("abc")], "draw", [7], sampling)
+    want = slow_image(engine, engine.open("abc"), torch.Generator().manual_seed(7), 4.0, renormalise=True)
+    torch.testing.assert_close(torch.from_numpy(drawn.latents), want, rtol=0, atol=2e-5)
     plain = engine.draw(["ab", "cd"], guidance=4.0, seed=3)
     pair = engine.draw(["ab", "cd"], guidance=4.0, seed=3, renormalise=True)
     alike([pair[1]], engine.draw(["cd"], guidance=4.0, seed=4, renormalise=True))
@@ -522,6 +531,9 @@ def test_drawings_as_codes_are_pictures_the_same_alone_and_beside_others():
     assert engine.caption([picture(0)], max_tokens=3)[0] is not None
     with pytest.raises(ValueError, match="writes images as codes"):
         engine.inpaint([picture(0)], [picture(1)], ["a"])
+    for wrong in ({"renormalise": True}, {"guidance_interval": (0.1, 1.0)}):
+        with pytest.raises(ValueError, match="of diffusion"):
+            engine.draw(["a"], **wrong)
 
 
 def test_a_model_of_codes_wants_a_codec_with_a_codebook():
@@ -545,6 +557,44 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest():
     assert np.abs(new[0] - new[1]).max() > 10, "what is drawn fits what is known"
     everything = PIL.Image.fromarray(np.full_like(mask, 255))
     alike(engine.inpaint([image], [everything], ["abc"], seed=1), engine.draw(["abc"], seed=1))
+
+
+def test_inpainting_keeps_whole_cells_of_a_codec_and_the_pixels_given():
+    mean = replace(
+        PIXELS,
+        factor=2,
+        encode=lambda x: PIXELS.encode(x).reshape(-1, 3, x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean((3, 5)),
+        decode=lambda z: PIXELS.decode(z.repeat(2, 2).repeat(2, 3)),
+    )
+    engine = engine_of(codec=mean, patch_size=1, unet_blocks=1)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:1] = 255  # half of the upper cells: they are drawn, and the lower half of each keeps its pixels
+    (drawn,) = engine.inpaint([picture(3)], [PIL.Image.fromarray(mask)], ["abc"], seed=1)
+    assert (np.asarray(drawn)[1:] == np.asarray(picture(3))[1:]).all()
+    known = engine.known(np.asarray(picture(3)), mask > 0)
+    assert known.keep.tolist() == [[False] * 3] * 2 + [[True] * 3] * 2
+
+
+def test_a_mask_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="make the mask as large"):
+        engine_of().inpaint([picture(3)], [PIL.Image.new("L", (SIZE, 2 * SIZE))], ["abc"])
+
+
+@pytest.mark.parametrize("solver, steps", [("ddim", 50), ("euler", 50), ("ddpm", 100)])
+def test_noise_predicted_from_unbounded_latents_becomes_data_and_does_not_run_away(solver, steps):
+    engine = engine_of(prediction="eps", codec=replace(PIXELS, limit=None))
+    schedule = SCHEDULES[engine.config.diffusion.schedule]
+
+    def model(*inputs):  # the best guess of eps for data of mean 0 and deviation 1, 2 % too small
+        z, t, patch_image = inputs[3], inputs[4], inputs[5]
+        sigma = schedule(t)[1][patch_image, None]
+        return torch.zeros(len(inputs[8]), VOCAB), 0.98 * sigma * z
+
+    engine.model.forward = model
+    answers = engine.complete(
+        [engine.open("a")] * 40, "draw", 0, engine.sampling(solver=solver, steps=steps, guidance=1.0)
+    )
+    assert 0.8 < np.std([answer[0].latents for answer in answers]) < 2  # begun at t = 1 it is 12 for the first two
 
 
 def test_an_edit_draws_behind_the_image_and_the_instruction():
@@ -645,34 +695,36 @@ def motifs() -> np.ndarray:
     return images.repeat(4, 1).repeat(4, 2).astype(np.uint8)
 
 
-def learned_by_heart(images, **options) -> Engine:
+def learned_by_heart(images, steps=450, codec=PIXELS, **options) -> Engine:
     """A model that has learnt four captioned images by heart, by the training's own functions.
 
-    With `sides` it writes their sizes; then captions read clean copies of them.
+    With `sides` it writes their sizes; then captions read clean copies of them. With a codebook images are codes.
     """
     torch.manual_seed(0)
-    tokenizer, steps, sides = Letters(), 450, options.get("sides", 0)
-    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "ffn_dim": 128, "vocab_size": VOCAB + sides, "channels": 3}
-    model = build_model(ModelConfig(**sizes, patch_size=8, time_scale=True, **options))
+    tokenizer, sides = Letters(), options.get("sides", 0)
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "ffn_dim": 128, "channels": 3}
+    patches = {"patches": "codes", "patch_size": 1} if codec.codes else {"patch_size": 8, "time_scale": True}
+    model = build_model(ModelConfig(**sizes, vocab_size=VOCAB + sides + codec.codes, **patches, **options))
     diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow", data_variance=0.5)
     sample = SampleConfig(steps=10, solver="euler", guidance=1.5, temperature=0)
     buckets = tuple(dict.fromkeys(f"{image.shape[0]}x{image.shape[1]}" for image in images))
     parts = {"data": DataConfig(buckets=buckets), "diffusion": diffusion, "train": TrainConfig(seq_len=32)}
-    engine = Engine(model, tokenizer, RunConfig(model=model.config, sample=sample, **parts))
+    engine = Engine(model, tokenizer, RunConfig(model=model.config, sample=sample, **parts), codec)
     optim = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.0)
     optimizers, rows = build_optimizers(model, optim), []
     for caption, image in zip(CAPTIONS, images):
-        ids, latents = np.array(tokenizer.encode(caption)), engine.codec.encode(image[None])[0]
-        rows += [caption_then_image(SPECIAL, ids, Image(latents))] * 2
-        rows += [caption_then_image(SPECIAL, ids[:0], Image(latents))]
-        rows += [image_then_caption(SPECIAL, ids, Image(latents, 1.0 if sides else 0.5, copy=bool(sides)))]
+        ids, shown = np.array(tokenizer.encode(caption)), engine.segment(image)
+        rows += [caption_then_image(SPECIAL, ids, shown)] * 2
+        rows += [image_alone(SPECIAL, shown)]
+        read = {"t_max": 1.0 if sides else 0.5, "copy": bool(sides)}
+        rows += [image_then_caption(SPECIAL, ids, shown if codec.codes else replace(shown, **read))]
     batch = collate([[lay_out(d, engine.fmt)] for d in rows * 2], 40, engine.fmt)
     for step in range(steps):
         set_lr(optimizers, step, steps, optim)
         lm, image = losses(model, batch, draw_noise(batch, diffusion, 0, step), diffusion)
         for p in model.parameters():
             p.grad = None
-        (lm / batch.n_targets + image / batch.n_images).backward()
+        (lm / batch.n_targets + image / max(1, batch.n_images)).backward()
         clip_gradients(model, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -723,6 +775,25 @@ def test_a_model_that_memorised_images_of_several_sizes_writes_the_size_draws_it
         for one, real in zip(drawn, images):
             assert errors([one], [real])[0, 0] < 0.02
     assert engine.caption([PIL.Image.fromarray(image) for image in images]) == CAPTIONS
+
+
+def test_a_model_of_codes_that_memorised_images_writes_each_by_its_caption_and_reads_it():
+    shape = np.array([[r, g, b] for r in (27, 227) for g in (27, 227) for b in (27, 227)])
+    cells = lambda x: x[:, ::4, ::4] // 128 @ np.array([4, 2, 1])  # noqa: E731
+    blocks = replace(
+        PIXELS,
+        factor=4,
+        codes=8,
+        encode=lambda x: shape[cells(x)].transpose(0, 3, 1, 2).astype(np.float32),
+        decode=lambda z: z.transpose(0, 2, 3, 1).repeat(4, 1).repeat(4, 2).astype(np.uint8),
+        quantize=lambda z: (z // 128).astype(int).transpose(0, 2, 3, 1) @ np.array([4, 2, 1]),
+        lookup=lambda codes: shape[codes].transpose(0, 3, 1, 2).astype(np.float32),
+    )
+    engine = learned_by_heart(motifs(), codec=blocks, steps=300)
+    images = [PIL.Image.fromarray(image) for image in motifs()]
+    drawn = engine.draw(CAPTIONS, guidance=1.5)
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(drawn, images))
+    assert engine.caption(images) == CAPTIONS
 
 
 def test_a_bare_image_is_a_prompt_and_a_prompt_that_is_no_list_of_prompts_is_refused():

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_run import write_tiny
 
+from transfusion.codec.load import load_codec
 from transfusion.config import load_config
+from transfusion.run import RunConfig, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +60,25 @@ def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(study, tm
     assert (tmp_path / "out" / "results.jsonl").read_text() == lines
 
 
+def test_a_run_that_was_stopped_is_not_on_record_and_goes_on(study, tmp_path, monkeypatch):
+    path, called = write(tmp_path, 1.2e9), []
+    whole = study.subprocess.run
+
+    def half(command, **keys):  # the first training is stopped after a step
+        if "train" in command and not called:
+            called.append(command)
+            command = [c if not c.startswith("train.steps=") else "train.steps=1" for c in command]
+        return whole(command, **keys)
+
+    monkeypatch.setattr(study.subprocess, "run", half)
+    assert study.main([str(path), "seeds=0", "only=wide"]) == 2
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+    assert study.main([str(path), "seeds=0", "only=wide"]) == 0
+    line = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    assert line["resumed"] and line["steps"] > 1
+    assert study.main([str(path), "seeds=0", "only=wide", "flops=9e9"]) == 2, "another grid in the same folder"
+
+
 def test_intervals_are_students(study):
     mean, half = study.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
@@ -86,4 +107,7 @@ def test_an_arm_that_is_not_there_is_refused(study, tmp_path):
 def test_a_shipped_study_loads_and_its_base_too(study, path, monkeypatch):
     monkeypatch.chdir(ROOT)
     s = load_config(study.Study, path)
-    assert s.arms and Path(s.base).is_file() and all(arm.against in s.arms for arm in s.arms.values() if arm.against)
+    assert s.arms and all(arm.against in s.arms for arm in s.arms.values() if arm.against)
+    for arm in s.arms.values():
+        config = load_config(RunConfig, s.base, [*s.set, *arm.set])
+        assert resolve(config, load_codec(config.data.codec)).model.vocab_size

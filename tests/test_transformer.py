@@ -11,7 +11,7 @@ from random_rows import CHANNELS, FORMATS, PATCH_SIZE, SPECIAL, VOCAB, document,
 from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import allow, block_mask, dense_mask
 from transfusion.model.rope import angles, rotate
-from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts
+from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts, row_mask
 from transfusion.sequence import NONE, collate, lay_out
 
 TINY = {
@@ -30,6 +30,7 @@ OPTIONS = {
     "axial": {"image_positions": "axial"},
     "post-norm": {"norm": "post"},
     "refine": {"refine_width": 4},
+    "causal images": {"causal_images": True},
     "separate ffn": {"separate": ("ffn",)},
     "separate": {"separate": SEPARABLE, "qk_norm": True},
     "lora": {"lora": LoraConfig(2, alpha=0.1, target_modules=TARGETS)},
@@ -93,7 +94,7 @@ def row(options, documents=DOCUMENTS, padding=2):
 @torch.no_grad()
 def outputs(model, b, z, t):
     """(logits [B * L, V], predictions [B * L, P]): an output at every position, zero where the model has none."""
-    mask = dense_mask(b.document, b.image, b.hidden)
+    mask = row_mask(b, model)
     every = torch.arange(b.tokens.numel())
     logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, every)
     return logits, torch.zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
@@ -165,7 +166,7 @@ def test_a_post_norm_layer_is_the_one_written_out():
     patches, _ = model.patches.encode(z, t, b.patch_image, b.place[0, b.patch_at, 2:], b.grids)
     h[b.patch_at] = patches
     cos, sin = angles(b.place, c.head_dim, c.rope_base)
-    sees = dense_mask(b.document, b.image, b.hidden)[0, 0]
+    sees = row_mask(b, model)[0, 0]
     for layer in model.layers:
         a, f, heads = layer.attention, layer.feed_forward, []
         q, k, v = ((h @ w.weight.T).unflatten(-1, (-1, c.head_dim)).transpose(0, 1)[None] for w in (a.wq, a.wk, a.wv))
@@ -191,7 +192,7 @@ def test_a_post_norm_layer_is_the_one_written_out():
 def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options):
     model = random_model(**options)
     b, z, t = row(options)
-    sees = dense_mask(b.document, b.image, b.hidden)[0, 0]
+    sees = row_mask(b, model)[0, 0]
     before = outputs(model, b, z, t)
     patch_of = {at: n for n, at in enumerate(b.patch_at.tolist())}
     for i in range(b.tokens.shape[1]):
@@ -311,7 +312,8 @@ def by_cache(model, cache, spans, z, t):
         levels.append(t[lane][images])
     hidden = torch.stack([torch.from_numpy(np.pad(s.hidden, (0, length))[:length]) for _, s, *_ in spans])
     k = (0, image_k[:, None], torch.arange(length), hidden[:, None])
-    mask = allow(0, image_q[:, :, None], index[:, :, None], *k)[:, None]
+    full = not model.config.causal_images
+    mask = allow(0, image_q[:, :, None], index[:, :, None], *k, full)[:, None]
     patch_at = (image_q.flatten() != NONE).nonzero()[:, 0]
     layers = cache.at(torch.tensor([lane for lane, *_ in spans]), slots, length)
     with torch.no_grad():

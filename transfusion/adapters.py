@@ -94,6 +94,8 @@ def merge(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Te
     """
     adapted = {MODULE_OF[name] for name in config.lora.target_modules}
     shared = {module for module in adapted if PART[module] not in config.separate}
+    if config.patches == "codes":  # all goes through the text path
+        shared = set()
     separate = tuple(s for s in SEPARABLE if s in {*config.separate, *(PART[module] for module in shared)})
     merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     for name in list(merged):

@@ -20,7 +20,7 @@ from transfusion.codec.load import find_codec, holds_codec
 from transfusion.config import from_dict, to_dict, to_toml
 from transfusion.model.lora import LoraConfig
 from transfusion.model.paths import is_adapter
-from transfusion.pretrained import CONFIG, TOKENIZER, WEIGHTS, find
+from transfusion.pretrained import CODEC, CONFIG, TOKENIZER, WEIGHTS, find
 from transfusion.run import RunConfig
 from transfusion.train_codec import CodecRunConfig
 
@@ -35,7 +35,7 @@ license: {license}
 A Transfusion model (Zhou et al. 2024, arXiv 2408.11039): it writes text and draws images in one pass.
 
 - parameters: {parameters:,}, stored as {dtype}
-- data: images {images}; text {text}
+- data: images {images}; documents {documents}; text {text}
 - training: {steps:,} steps of {positions:,} positions, seed {config.seed}
 
 ```
@@ -82,6 +82,7 @@ class Parts(NamedTuple):
     config: RunConfig | CodecRunConfig
     card: str
     tokenizer: Path | None = None
+    codec: str = ""  # one that only this machine has
     adapters: dict[str, Tensor] | None = None
     lora: LoraConfig = LoraConfig()
 
@@ -99,6 +100,8 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
         (folder / CONFIG).write_text(json.dumps(to_dict(config), indent=1) + "\n")
         if parts.tokenizer:
             shutil.copyfile(parts.tokenizer, folder / TOKENIZER)
+        if parts.codec:
+            export(parts.codec, folder / CODEC, "fp32", license)  # to the bit what the model learned its latents from
         if parts.adapters:
             save_adapters(parts.adapters, parts.lora, folder / "adapters")
         text = parts.card.format(
@@ -121,12 +124,17 @@ def model_parts(name: str | Path) -> Parts:
     # of this machine, and no business of who gets the model
     config, lora = replace(config, out="", init="", adapter="", device="auto"), config.model.lora
     card = CARD.replace("{positions:,}", f"{config.train.rows * config.train.seq_len:,}")
-    card, tensors = card.replace("{text}", ", ".join(config.data.text)), load_file(weights)
+    for field in ("text", "documents"):
+        card = card.replace(f"{{{field}}}", ", ".join(getattr(config.data, field)) or "none")
+    tensors = load_file(weights)
+    codec = config.data.codec if holds_codec(config.data.codec) else ""
+    if codec:
+        config = replace(config, data=replace(config.data, codec=CODEC))
     if not lora.r:
-        return Parts(weights, tensors, config, card, tokenizer)
+        return Parts(weights, tensors, config, card, tokenizer, codec)
     merged, model = merge(tensors, config.model)
     adapters = {key: value for key, value in tensors.items() if is_adapter(key)}
-    return Parts(weights, merged, replace(config, model=model), card, tokenizer, adapters, lora)
+    return Parts(weights, merged, replace(config, model=model), card, tokenizer, codec, adapters, lora)
 
 
 def codec_parts(name: str | Path) -> Parts:

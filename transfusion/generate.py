@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from transfusion.data.images import to_pixels
 from transfusion.diffusion.guidance import branch_weights, guide, renormalised
 from transfusion.diffusion.objective import add_noise
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
-from transfusion.diffusion.solver import NOISY, SOLVERS, denoiser_from
+from transfusion.diffusion.solver import NOISY, SOLVERS, START, denoiser_from
 from transfusion.model.cache import Cache
 from transfusion.model.transformer import Transfusion
 from transfusion.request import MODES, Known, Request, Size, allowed, others_of, pick
@@ -119,10 +120,14 @@ class Engine:
     ) -> list[PIL.Image.Image]:
         """Each image drawn anew, by its caption, where its mask is white; where it is black the image stays.
 
-        At every solver step the cells that stay are set to what they are at that noise level, so that the new ones are
-        drawn to fit them (RePaint, arXiv 2201.09865, without its resampling).
+        Images come back at the run's size. At every solver step the cells that stay are set to what they are at that
+        noise level, so that the new ones are drawn to fit them (RePaint, arXiv 2201.09865, without its resampling).
         """
         same_number(images=images, masks=masks, captions=captions)
+        for image, mask in zip(images, masks):
+            sizes = [PIL.ImageOps.exif_transpose(picture).size for picture in (image, mask)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"an image of {sizes[0]} pixels and a mask of {sizes[1]}: make the mask as large")
         if self.fmt.codes:
             raise ValueError("inpainting denoises around what is known, and this model writes images as codes")
         pictures = [self.fit(image) for image in images]
@@ -179,7 +184,7 @@ class Engine:
         """What stays of an image uint8 [H, W, 3] whose `new` pixels, bool [H, W], are to be drawn."""
         latents, k = self.codec.encode(pixels[None])[0], self.codec.factor
         cells = new.reshape(latents.shape[1], k, latents.shape[2], k).any((1, 3))  # [h, w] with anything new in it
-        keep = np.broadcast_to(~cells, latents.shape)
+        keep = np.array(np.broadcast_to(~cells, latents.shape))  # writable, as torch wants it
         of_image = (torch.from_numpy(patchify(x, self.fmt.patch_size)).to(self.device) for x in (latents, keep))
         return Known(*of_image)
 
@@ -198,6 +203,8 @@ class Engine:
         """The segments that the model adds to each document."""
         if mode not in MODES:
             raise ValueError(f"mode = {mode!r}: choose one of {', '.join(MODES)}")
+        if self.fmt.codes and (sampling.guidance_interval != (0.0, 1.0) or sampling.renormalise):
+            raise ValueError("guidance_interval and renormalise are of diffusion: this model writes images as codes")
         n = len(documents)
         seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
         if len(seeds) != n:
@@ -213,6 +220,7 @@ class Engine:
             if need > self.limit:
                 raise ValueError(
                     f"prompt and {what} take {need} positions, the model has {self.limit}: shorten the prompt"
+                    + " or draw a smaller image" * (mode == "draw")
                 )
             random, lane = torch.Generator().manual_seed(seeds[i]), i % sampling.batch * lanes
             main, *others = (Branch(lane + j) for j in range(lanes))
@@ -225,7 +233,7 @@ class Engine:
         """Carries requests that fit into memory together to their ends."""
         drawing: list[Request] = []
         for r in requests:
-            self.open_image(r, sampling) if r.mode == "draw" else self.lay_out(r)
+            self.open_image(r, sampling) if r.mode == "draw" else self.refresh(r)
         cache = self.new_cache(requests, sampling)
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
         eager = torch.compiler.set_stance("force_eager")
@@ -250,7 +258,8 @@ class Engine:
         lanes = 1 + max(branch.lane for r in requests for branch in (r.main, *r.others))
         return self.model.new_cache(lanes, slots, self.dtype)
 
-    def lay_out(self, r: Request):
+    def refresh(self, r: Request):
+        """Lays the request's document out again."""
         r.main.sequence = lay_out(r.document, self.fmt)
 
     # ---- writing ----
@@ -304,7 +313,7 @@ class Engine:
             own = r.document[-1] if len(r.document) > r.prompt and isinstance(r.document[-1], Text) else None
             ids = np.append(r.document.pop().ids if own else np.zeros(0, np.int64), token)
             r.document.append(Text(ids))
-            self.lay_out(r)
+            self.refresh(r)
             r.written += 1
             r.done = r.written >= sampling.max_tokens or len(r.main.sequence) >= self.limit
 
@@ -319,7 +328,7 @@ class Engine:
             r.sides = r.sides or []
             if len(r.sides) < 2:
                 r.document.append(Text(np.array([self.fmt.special.boi, *map(self.fmt.side, r.sides)])))
-                self.lay_out(r)
+                self.refresh(r)
                 return
             grid, r.sides = tuple(r.sides), None
         r.document.append(self.canvas(grid))
@@ -382,7 +391,7 @@ class Engine:
             guided = torch.where(inside[plan.main, None], guided, cond)
             return renormalised(guided, cond, plan.image_of) if sampling.renormalise else guided
 
-        times = timesteps(sampling.steps, sampling.t_shift)
+        times = timesteps(sampling.steps, sampling.t_shift).clamp(max=1.0 if self.codec.limit else START)
         t, t_next = (times[[r.step + i for r in group]].to(self.device)[plan.image_of, None] for i in (0, 1))
         denoise = denoiser_from(predict, c.prediction, schedule, self.codec.limit, c.data_variance)
         z, noise = torch.cat([r.z for r in group]), None
@@ -402,7 +411,7 @@ class Engine:
 
     def finish_image(self, r: Request):
         """The drawn image stands in the document; `settle` will encode it clean before the text goes on."""
-        self.lay_out(r)
+        self.refresh(r)
         r.z = r.noise = r.coded = None
         r.guiding, r.weights, r.drawn = [], (1.0,), r.drawn + 1
         r.done = r.mode == "draw" or len(r.main.sequence) >= self.limit

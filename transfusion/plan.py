@@ -23,9 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.codec.codec import patch_grid
 from transfusion.model.fold import Grids
+from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
 from transfusion.optim import freeze, trained
 from transfusion.run import RunConfig
+from transfusion.sequence import Batch
 
 
 def grid_of(config: RunConfig) -> tuple[int, int]:
@@ -77,11 +79,27 @@ def count_flops(config: RunConfig) -> dict[str, float]:
     flops = {
         "trunk": of_text * (parts["trunk"] * positions - own * patches) + of_image * own * patches,
         "adapters": 6.0 * (parts.get("text adapters", 0) * texts + parts.get("image adapters", 0) * patches),
-        "attention (at most)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
+        "attention (about)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
         "text head": of_text * m.dim * m.vocab_size * texts,
         "patch layers": sum(of_patches[name] * n for name, n in of_layers.items()) * images,
     }
     return flops if m.lora.r else {name: value for name, value in flops.items() if name != "adapters"}
+
+
+def count_packed(config: RunConfig, micro: list[Batch]) -> float:
+    """FLOPs of one step as it is packed: every position through the trunk, attention where the mask allows it, heads
+    where there is something to predict."""
+    m, c, frozen = config.model, config.train, config.optim.freeze
+    assert not frozen and not m.lora.r, "frozen weights and adapters are counted by count_flops"
+    trunk = dict(parameter_counts(build_model(m, "meta")))["trunk"]
+    total = 6.0 * trunk * c.rows * c.seq_len
+    for batch in micro:
+        pairs = dense_mask(batch.document, batch.image, batch.hidden, not m.causal_images)
+        pairs = (pairs[:, 0] & (batch.document >= 0)[:, None]).sum().item()
+        total += 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs + 6.0 * m.dim * m.vocab_size * batch.n_targets
+        if batch.grids:
+            total += 3.0 * sum(patch_layers(m, batch.grids)[0].values())
+    return total
 
 
 def count_6nd(config: RunConfig) -> float:

@@ -2,11 +2,12 @@
 
 runs/demo                                    the newest checkpoint's averaged weights
 runs/demo/checkpoints/step_00001000          those of that checkpoint
-exported/                                    model.safetensors + config.json + tokenizer.json
+exported/                                    model.safetensors + config.json + tokenizer.json, and codec/ if it has one
 pretrained:emoji                             an exported folder inside the package
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from transfusion.run import RunConfig, pick_device
 from transfusion.tokenizer import load_tokenizer
 
 PRETRAINED = Path(__file__).parent / "assets" / "pretrained"
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS, TOKENIZER, CODEC = "config.json", "model.safetensors", "tokenizer.json", "codec"
 
 
 class Trained(NamedTuple):
@@ -52,6 +53,8 @@ def find(name: str | Path) -> Trained:
         for file in (WEIGHTS, TOKENIZER):
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}: export the model again")
+        if (folder / CODEC).is_dir():
+            config = replace(config, data=replace(config.data, codec=str(folder / CODEC)))
         return Trained(config, folder / WEIGHTS, folder / TOKENIZER)
     step = checkpoint.latest_checkpoint(folder / "checkpoints")
     if step is None and not (folder / checkpoint.STATE).is_file():

@@ -107,6 +107,11 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self):
+        frozen = set(self.optim.freeze) & {"text", "image"}
+        if frozen and not self.init:
+            raise ValueError(
+                f"optim.freeze = {list(self.optim.freeze)} would freeze random weights: set init to a trained model"
+            )
         if self.model.lora.r:
             # patches go through the text path's matrices where they have no own
             wanted = {"text", *self.model.lora.paths}
@@ -128,7 +133,18 @@ def load_own_tokenizer(config: RunConfig) -> Tokenizer:
 
 def codec_of(config: RunConfig, device: torch.device | str = "cpu") -> Codec:
     """The codec of a run that has begun: its latents are standardised as in training."""
-    return load_codec(config.data.codec, device).standardised(config.data.latent_mean, config.data.latent_std)
+    codec = same_codec(load_codec(config.data.codec, device), config.data)
+    return codec.standardised(config.data.latent_mean, config.data.latent_std)
+
+
+def same_codec(codec: Codec, data: DataConfig) -> Codec:
+    """The codec; ValueError if its weights are others than those that the run began with."""
+    if data.codec_key not in ("", codec.key):
+        raise ValueError(
+            f"the weights of data.codec = {data.codec!r} changed since the model learned its latents: restore them, or "
+            "begin a new run"
+        )
+    return codec
 
 
 def codes_of(config: RunConfig, codec: Codec) -> int:
@@ -138,7 +154,7 @@ def codes_of(config: RunConfig, codec: Codec) -> int:
     if not codec.codes:
         raise ValueError(
             f"model.patches = 'codes' wants a codec with a codebook, and {codec.name} has none: train one by "
-            "`transfusion train-codec configs/codec-emoji-vq.toml` and set data.codec to its run folder"
+            "`transfusion train-codec configs/codec-emoji-vq.toml`, or set data.codec=pretrained:emoji-vq"
         )
     return codec.codes
 

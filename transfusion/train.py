@@ -27,7 +27,7 @@ from transfusion.loss import draw_noise, losses
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import build_optimizers, clip_gradients, freeze, trained
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, format_of, pick_device, uses_bf16
+from transfusion.run import RunConfig, format_of, pick_device, same_codec, uses_bf16
 from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
 
@@ -42,6 +42,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, found), format_of(config, tokenizer, codec)
+    same_codec(codec, config.data)
     corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
@@ -140,8 +141,8 @@ def with_statistics(config: RunConfig, found: Path | None) -> RunConfig:
     began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]) if found else find(config.init).config
     if began.data.codec != config.data.codec:
         return config
-    data = replace(config.data, latent_mean=began.data.latent_mean, latent_std=began.data.latent_std)
-    return replace(config, data=data)
+    names = ("latent_mean", "latent_std", "codec_key")
+    return replace(config, data=replace(config.data, **{name: getattr(began.data, name) for name in names}))
 
 
 def match_steps(config: RunConfig, state: dict) -> RunConfig:
@@ -157,7 +158,7 @@ def match_steps(config: RunConfig, state: dict) -> RunConfig:
 def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path: Path):
     """A sheet of the same captions each time, drawn from the same noise, the real images beside them."""
     engine, captions = Engine(model, tokenizer, config, corpus.codec), corpus.captions["train"]
-    documents = edits(corpus).get("train", [])
+    documents = edits(corpus, least=1).get("train", [])
     few = lambda items: items[:: max(1, len(items) // SAMPLED)][:SAMPLED]  # noqa: E731
     if len(captions):
         chosen = few(range(len(captions)))
@@ -166,6 +167,6 @@ def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path:
     elif documents:
         items = sheet_items(engine, corpus, few(documents), draw_last(engine, corpus, few(documents), EvalConfig()))
     else:
-        return  # a run on text alone has nothing to draw
+        return  # nothing that ends with an image to draw
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(items).save(path)

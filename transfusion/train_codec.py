@@ -155,7 +155,7 @@ def draw_eps(config: CodecRunConfig, step: int, n: int) -> Tensor:
 
 def codebook_use(use: Tensor) -> dict[str, float]:
     """The share of codes met at all lately, and the perplexity of all codes, from their use."""
-    p = use / use.sum()
+    p = use / use.sum().clamp(min=1e-12)  # none is used before the first step
     perplexity = torch.special.entr(p).sum().exp().item()
     return {"codes_used": (use > UNUSED).float().mean().item(), "perplexity": perplexity}
 

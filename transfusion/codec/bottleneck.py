@@ -46,9 +46,9 @@ class Codebook(nn.Module):
 
     def forward(self, vectors: Tensor, eps: Tensor | None = None) -> Latent:
         e = F.normalize(vectors.float(), dim=1)
-        with torch.autocast(e.device.type, enabled=False):  # bf16 has not the digits to tell close codes apart
-            similarity = e.movedim(1, -1) @ self.vectors().T  # [n, h, w, codes]
-        codes = similarity.argmax(-1)
+        # bf16 has not the digits to tell close codes apart; image by image, as [n, h, w, codes] is large
+        with torch.no_grad(), torch.autocast(e.device.type, enabled=False):
+            codes = torch.stack([(one.movedim(0, -1) @ self.vectors().T).argmax(-1) for one in e])
         z = self.lookup(codes)
         cost = (e.detach() - z).square().sum(1).mean() + COMMITMENT * (e - z.detach()).square().sum(1).mean()
         return Latent(e + (z - e).detach(), cost, codes)

@@ -80,6 +80,6 @@ def of_codec(folder: Path, config: dict[str, Any], weights: Path, prefix: str) -
 def holds_codec(name: str | Path) -> bool:
     """Whether there is a codec in a folder of that name."""
     try:
-        return Path(name).is_dir() and bool(find_codec(name))
+        return Path(name).expanduser().is_dir() and bool(find_codec(str(name)))
     except ValueError:
         return False

@@ -78,7 +78,7 @@ def load_hed(file: str) -> VGG16:
 
 def load_lpips(folder: str) -> tuple[VGG16, list[Tensor]]:
     """(the trunk, weights [1, C, 1, 1] of the channels of each map) of LPIPS."""
-    trunks = [p for p in sorted(Path(folder).glob("vgg16*.pth"))]
+    trunks = sorted(Path(folder).glob("vgg16*.pth"))
     if not folder or not trunks or not (Path(folder) / "vgg.pth").is_file():
         raise ValueError(
             f"lpips:{folder} wants two files in a folder: vgg16-397923af.pth of torchvision and vgg.pth (v0.1) of the "

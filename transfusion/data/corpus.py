@@ -1,14 +1,13 @@
 """From a config to a corpus: sources are read, texts tokenised, images encoded; what fits into no row is reported."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from transfusion.cachedir import cachedir
 from transfusion.codec.codec import Codec
 from transfusion.data import latents as latent_cache
-from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed
+from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed, has_copies
 from transfusion.data.images import ImageSet, load_images
 from transfusion.data.interleaved import DocumentSet, TextSegment, load_documents
 from transfusion.data.report import Report
@@ -46,7 +45,7 @@ def build_corpus(
     corpus = Corpus(config, fmt, codec, captions, works, held_out)
     corpus = with_documents(corpus, document_sets, tokenizer, seq_len, reports)
     if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
-        need = 2 + min(image_length(grid, fmt, config.conditioning == "clean") for grid in grids)
+        need = 2 + min(image_length(grid, fmt, has_copies(config, fmt)) for grid in grids)
         raise ValueError(
             f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
             "train.seq_len or model.patch_size"
@@ -72,7 +71,7 @@ def captions_of(
         for i in members:
             of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
             grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
-            room = seq_len - 2 - image_length(grid, fmt, config.conditioning == "clean")
+            room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt))
             fits = [j for j, c in enumerate(of_image) if len(c) <= room]
             source = f"images {images.name}"
             if not fits:
@@ -119,14 +118,16 @@ def with_latents(corpus: Corpus) -> Corpus:
     config, codec = corpus.config, corpus.codec
     if not codec.key:
         return corpus
-    folder = Path(config.latent_cache).expanduser() if config.latent_cache else cachedir("latents")
+    config, folder = replace(config, codec_key=codec.key), cachedir("latents")
     groups = {**corpus.captions, "interleaved": corpus.interleaved}
     raw = {name: latent_cache.encode(group.images, codec, folder) for name, group in groups.items()}
     if corpus.fmt.codes:
         encoded = {name: [codec.quantize(x[None])[0] for x in latents] for name, latents in raw.items()}
     else:
+        placed = (s for d in corpus.interleaved.documents["train"] for s in d.segments if isinstance(s, Placed))
+        seen = raw["train"] + [raw["interleaved"][i] for i in sorted({s.number for s in placed})]
         if not config.latent_mean:
-            mean, std = latent_cache.statistics(raw["train"] + raw["interleaved"])
+            mean, std = latent_cache.statistics(seen) if seen else ((0.0,) * codec.channels, (1.0,) * codec.channels)
             config = replace(config, latent_mean=mean, latent_std=std)
         mean, std = (np.float32(v)[:, None, None] for v in (config.latent_mean, config.latent_std))
         encoded = {name: [(x - mean) / std for x in latents] for name, latents in raw.items()}

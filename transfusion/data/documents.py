@@ -41,7 +41,7 @@ class DataConfig:
     factor: int = 0  # pixels a latent cell; 0 = the codec's
     latent_mean: tuple[float, ...] = ()  # of each channel; () = measured over the training images when a run begins
     latent_std: tuple[float, ...] = ()
-    latent_cache: str = ""  # folder; "" = ~/.cache/transfusion/latents
+    codec_key: str = ""  # of the codec's weights, which must stay those that the run began with; "" = any
     image_size: int = 64  # pixels a side
     buckets: tuple[str, ...] = ()  # "48x80": the sizes that images take, each the closest; () = a square of image_size
     image_share: float = 0.5  # of all positions: 0.5 is the paper's 1:1
@@ -69,6 +69,11 @@ class DataConfig:
     def sizes(self) -> tuple[Size, ...]:
         """(height, width) of the images, in pixels."""
         return tuple(map(parse_size, self.buckets)) or ((self.image_size, self.image_size),)
+
+
+def has_copies(config: DataConfig, fmt: Format) -> bool:
+    """Whether an image that is read later has a clean copy; codes are clean as they are."""
+    return config.conditioning == "clean" and not fmt.codes
 
 
 def image_alone(special: Special, image: Image | Codes) -> list[Segment]:
@@ -158,7 +163,7 @@ class Corpus:
     @cached_property
     def image_document_length(self) -> float:
         """Mean positions of an image document."""
-        train, copies = self.captions["train"], (1 - self.config.caption_first) * (self.config.conditioning == "clean")
+        train, copies = self.captions["train"], (1 - self.config.caption_first) * self.copies
         lengths = [self.length(document.segments) for document in self.interleaved.documents["train"]]
         for image, ids in zip(train.images, train.ids):
             once, twice = (image_length(self.grid(image), self.fmt, copy) for copy in (False, True))
@@ -171,7 +176,7 @@ class Corpus:
 
     def length(self, segments: Sequence[Text | Placed]) -> int:
         """Positions of a document with images anywhere, <bos> and <eos> included."""
-        parts = self.written(segments)
+        parts = self.conditions(segments)
         return 2 + sum(
             len(s.ids)
             if isinstance(s, Text)
@@ -179,16 +184,22 @@ class Corpus:
             for s, _, copy in parts
         )
 
-    def written(self, segments: Sequence[Text | Placed]) -> list[tuple[Text | Placed, float, bool]]:
+    @property
+    def copies(self) -> bool:
+        """Whether an image that is read later has a clean copy."""
+        return has_copies(self.config, self.fmt)
+
+    @property
+    def read_limit(self) -> float:
+        """Largest t of an image that is read later; codes know no noise."""
+        return 1.0 if self.copies or self.fmt.codes else self.config.noise_limit
+
+    def conditions(self, segments: Sequence[Text | Placed]) -> list[tuple[Text | Placed, float, bool]]:
         """Each segment with, of an image, its t_max and whether it has a clean copy: what follows it decides."""
-        clean, result = self.config.conditioning == "clean", []
-        for i, s in enumerate(segments):
-            read = i + 1 < len(segments)  # by what follows
-            t_max = 0.0 if isinstance(s, Placed) and not s.learn else 1.0
-            if t_max and read and not clean:
-                t_max = self.config.noise_limit
-            result.append((s, t_max, bool(t_max) and read and clean))
-        return result
+        last = len(segments) - 1
+        limits = [0.0 if isinstance(s, Placed) and not s.learn else 1.0 for s in segments]
+        limits = [min(t, self.read_limit) if i < last else t for i, t in enumerate(limits)]
+        return [(s, t, t > 0 and i < last and self.copies) for i, (s, t) in enumerate(zip(segments, limits))]
 
     def image(self, of: Captions | Interleaved, i: int, t_max: float = 1.0, copy: bool = False) -> Image | Codes:
         """The i-th image as a segment; with t_max 0 it is given, not learned."""
@@ -199,7 +210,7 @@ class Corpus:
         """A document with images anywhere, without <bos> and <eos>."""
         return [
             s if isinstance(s, Text) else self.image(self.interleaved, s.number, t_max, copy)
-            for s, t_max, copy in self.written(segments)
+            for s, t_max, copy in self.conditions(segments)
         ]
 
     def image_document(self, seed: int, k: int) -> list[Segment]:
@@ -220,10 +231,7 @@ class Corpus:
             if drop < c.caption_dropout:
                 return image_alone(self.special, self.image(train, i))
             return caption_then_image(self.special, caption, self.image(train, i))
-        clean = c.conditioning == "clean"
-        return image_then_caption(
-            self.special, caption, self.image(train, i, 1.0 if clean else c.noise_limit, copy=clean)
-        )
+        return image_then_caption(self.special, caption, self.image(train, i, self.read_limit, self.copies))
 
     def interleaved_document(self, segments: Sequence[Text | Placed], drop: float) -> list[Segment]:
         """A document with images anywhere; `drop` in [0, 1) decides what is dropped before a last image to draw."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from .objective import SOLVE_FLOOR, network_input, solve
 from .schedule import Schedule, velocity_coefficients
 
+START = 0.999  # where sampling begins if nothing bounds x: at 1 an eps-prediction says nothing of it
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Solver = Callable[[Tensor, Tensor, Tensor, Denoiser, Schedule, Tensor | None], Tensor]
 

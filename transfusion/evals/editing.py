@@ -1,7 +1,7 @@
 """Documents that end with an image to draw, read up to it: is what the model draws there what the document has there?
 
 <bos> [image, clean] make it green -> drawing           mse to the document's own image, pixels in [-1, 1]
-colour       of documents whose info says what colour the shape is to have ("to"): has it, by the pixels?
+colour       of documents whose info says to what colour of the palette ("to"): has the shape it, by the pixels?
 overlap      of the same ones: intersection over union of the shape drawn and the shape wanted
 unchanged    mse of the image before it to the wanted one, what a model reaches that copies
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from transfusion.data.documents import Corpus, Document, Placed
-from transfusion.evals.colour import colour_of, overlap
+from transfusion.evals.colour import PALETTE, colour_of, overlap
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.interval import normal, wilson
 from transfusion.generate import Engine
@@ -20,14 +20,14 @@ from transfusion.sequence import Text
 from transfusion.sheet import contact_sheet
 
 
-def edits(corpus: Corpus) -> dict[str, list[Document]]:
-    """The documents that end with an image to draw behind another one, by split; a held-out one may say why it is."""
+def edits(corpus: Corpus, least: int = 2) -> dict[str, list[Document]]:
+    """The documents that end with an image to draw, of at least so many images, by split; held-out ones may say why."""
     found: dict[str, list[Document]] = {}
     for split, documents in corpus.interleaved.documents.items():
         for document in documents:
             images = [s for s in document.segments if isinstance(s, Placed)]
-            if len(images) > 1 and document.segments[-1] == images[-1] and images[-1].learn:
-                why = document.info.get("unseen")
+            if len(images) >= least and document.segments[-1] == images[-1] and images[-1].learn:
+                why = str(document.info.get("unseen") or "").replace("/", " ")
                 found.setdefault(f"{split}_{why}" if split != "train" and why else split, []).append(document)
     return found
 
@@ -76,9 +76,8 @@ def evaluate_editing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
             yield from zip((f"editing/{split}/mse_low", f"editing/{split}/mse_high"), normal(errors))
         if copied:
             yield f"editing/{split}/unchanged", float(np.mean(copied))
-        known = [
-            (d, real[-1], doc.info["to"]) for d, real, doc in zip(drawn, of_document, looked_at) if "to" in doc.info
-        ]
+        asked = [(d, real[-1], document.info.get("to")) for d, real, document in zip(drawn, of_document, looked_at)]
+        known = [one for one in asked if one[2] in PALETTE]
         if known:
             hits = sum(colour_of(d) == to for d, _, to in known)
             yield f"editing/{split}/colour", hits / len(known)

@@ -46,7 +46,7 @@ def numbers(codec: Codec, crops: Crops, config: CodecEvalConfig, device: str) ->
         yield f"{split}/psnr", float(psnr(originals, made).mean())
         yield f"{split}/ssim", float(ssim(originals, made).mean())
         yield f"{split}/l1", float(np.abs(originals.astype(np.float32) - made).mean() / 127.5)  # as in training
-        if features:
+        if features and len(originals) > 1:
             yield f"{split}/fd_effnet", frechet_distance(features(originals), features(made))
         if codec.codes:
             use = torch.bincount(torch.from_numpy(codec.quantize(latents)).flatten(), minlength=codec.codes)

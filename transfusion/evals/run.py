@@ -85,7 +85,8 @@ def table(results: dict[str, float]) -> str:
             cells.setdefault(group, {}).setdefault(name, {})[split] = show(name, value, bounds)
     blocks = []
     for group, names in cells.items():
-        splits = sorted({s for of_name in names.values() for s in of_name}, key=lambda s: (*SPLITS, s).index(s))
+        met = dict.fromkeys(s for of_name in names.values() for s in of_name)
+        splits = sorted(met, key=lambda s: (*SPLITS, s).index(s))
         head = [TITLES.get(group, group), *(s.replace("_", " ") for s in splits)]
         blocks.append([head, *([f"  {label(name)}", *(of.get(s, "") for s in splits)] for name, of in names.items())])
     lines = [line for block in blocks for line in block]

@@ -54,10 +54,10 @@ def nats(
     sums, numbers = [], []
     for batch in batches(engine, documents, size):
         logits, _ = forward(engine, batch, batch.patches, torch.zeros_like(batch.t_max))
-        counts = counted(batch.target, engine.fmt).double()  # [M]
-        of_token = F.cross_entropy(logits, batch.target, reduction="none").double() * counts
-        row = batch.text_at // batch.tokens.shape[1]
+        counts = counted(batch.target, engine.fmt).cpu().double()  # [M]; mps has no float64
+        of_token = F.cross_entropy(logits, batch.target, reduction="none").cpu().double() * counts
+        row = batch.text_at.cpu() // batch.tokens.shape[1]
         zeros = counts.new_zeros(len(batch.tokens))
-        sums.append(zeros.index_add(0, row, of_token).cpu().numpy())
-        numbers.append(zeros.index_add(0, row, counts).cpu().numpy())
+        sums.append(zeros.index_add(0, row, of_token).numpy())
+        numbers.append(zeros.index_add(0, row, counts).numpy())
     return np.concatenate(sums), np.concatenate(numbers).astype(int)

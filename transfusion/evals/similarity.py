@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW, DEVIATION = 11, 1.5
+AT_ONCE = 16  # images, to bound the memory
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -25,6 +26,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[n] in [-1, 1] between images [n, H, W, 3] uint8, of at least 11 pixels a side; 1 for equal ones."""
     if min(a.shape[1:3]) < WINDOW:
         raise ValueError(f"images of {a.shape[1]} x {a.shape[2]} pixels are smaller than the windows of ssim, {WINDOW}")
+    if len(a) > AT_ONCE:
+        return np.concatenate([ssim(a[i : i + AT_ONCE], b[i : i + AT_ONCE]) for i in range(0, len(a), AT_ONCE)])
     x, y = (torch.from_numpy(images).permute(0, 3, 1, 2).double() for images in (a, b))
     mx, my = blurred(x), blurred(y)
     vx, vy, vxy = blurred(x * x) - mx * mx, blurred(y * y) - my * my, blurred(x * y) - mx * my

@@ -77,8 +77,11 @@ class ModelConfig:
             raise ValueError(f"separate = {list(self.separate)}: choose some of {', '.join(SEPARABLE)}, each once")
         if self.patches not in PATCHES:
             raise ValueError(f"patches = {self.patches!r}: choose one of {', '.join(PATCHES)}")
-        if self.patches == "codes" and (self.patch_size > 1):
-            raise ValueError(f"patches = 'codes', patch_size = {self.patch_size}: a code is a cell; set patch_size=1")
+        if self.patches == "codes" and (self.patch_size > 1 or self.patch_positions or self.time_scale):
+            raise ValueError(
+                f"patches = 'codes', patch_size = {self.patch_size}, patch_positions = {self.patch_positions}, "
+                f"time_scale = {self.time_scale}: codes are tokens of one cell; set patch_size=1, the others to false"
+            )
         if self.patches == "codes" and (self.separate or (self.lora.r and "image" in self.lora.paths)):
             raise ValueError(
                 f"patches = 'codes', separate = {list(self.separate)}, lora.paths = {list(self.lora.paths)}: codes are "
