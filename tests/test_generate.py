@@ -375,7 +375,7 @@ def test_guidance_keeps_to_its_interval():
     assert engine.draw(["abc"], guidance_interval=(0, 0)) == engine.draw(["abc"], guidance=1.0)
 
 
-def test_a_renormalised_image_is_that_of_whole_passes_and_comes_out_the_same_alone_and_beside_others_and_differs_from_a_plain_one():
+def test_a_renormalised_image_is_that_of_whole_passes_alone_and_beside_others_and_differs_from_a_plain_one():
     engine = engine_of()
     sampling = replace(engine.config.sample, guidance=4.0, renormalise=True)
     ((drawn,),) = engine.complete([engine.open("abc")], "draw", [7], sampling)

@@ -1,6 +1,7 @@
 """Codecs at the command line: train-codec, eval-codec, export; what the evaluation says of codecs known by heart."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny
 
-from transfusion.checkpoint import latest_checkpoint
+from transfusion.checkpoint import EMA, latest_checkpoint
 from transfusion.cli import main
 from transfusion.codec.codec import PIXELS
 from transfusion.codec.load import load_codec
@@ -150,11 +152,25 @@ def test_a_wrong_field_ends_in_one_line_with_the_remedy(config, tmp_path, capsys
     assert not (tmp_path / "r").exists()
 
 
-def test_a_model_learns_to_draw_the_latents_of_a_codec(config, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = tmp_path / "model"
-    sizes = ["model.patch_size=4", "train.steps=2", f"data.codec={trained}", f"out={run}"]
+def test_a_model_learns_to_draw_the_latents_of_a_codec_that_goes_with_it_and_no_other(
+    config, trained, tmp_path, monkeypatch, capsys
+):
+    run, codec = tmp_path / "model", tmp_path / "codec"
+    shutil.copytree(trained, codec)
+    sizes = ["model.patch_size=4", "train.steps=2", f"data.codec={codec}", f"out={run}"]
     assert main(["train", str(config.parent / "tiny.toml"), *sizes]) == 0
     assert main(["generate", str(run), "red disc", "--out", str(tmp_path)]) == 0
     with PIL.Image.open(tmp_path / "red-disc.png") as drawn:
         assert drawn.size == (16, 16)
+    assert main(["export", str(run), str(tmp_path / "exported"), "--dtype", "fp32"]) == 0
+    weights = latest_checkpoint(codec / "checkpoints") / EMA
+    other = {name: x + (name == "autoencoder.decoder.conv_out.bias") for name, x in load_file(weights).items()}
+    save_file(other, weights)  # of another training
+    capsys.readouterr()
+    assert main(["generate", str(run), "red disc", "--out", str(tmp_path)]) == 2
+    assert "changed since the model learned its latents" in capsys.readouterr().err
+    shutil.rmtree(codec)
+    monkeypatch.chdir(tmp_path.parent)
+    assert main(["generate", str(tmp_path / "exported"), "red disc", "--out", str(tmp_path)]) == 0
+    one, other = (PIL.Image.open(tmp_path / name) for name in ("red-disc.png", "red-disc-2.png"))
+    assert one.tobytes() == other.tobytes(), "the exported folder draws what the run drew"
