@@ -1,7 +1,7 @@
 """Autoencoders that others published, through diffusers: AutoencoderKL, AutoencoderDC, AutoencoderTiny.
 
 diffusers:FOLDER      config.json and weights as diffusers saves them, or a whole pipeline's folder with its vae/
-diffusers:OWNER/NAME  the same from the Hugging Face hub
+diffusers:OWNER/NAME  config.json and weights from the Hugging Face hub
 """
 
 from pathlib import Path
@@ -34,8 +34,8 @@ def diffusers_codec(name: str, device: torch.device | str = "cpu") -> Codec:
         model = getattr(diffusers, kind).from_pretrained(local, subfolder=subfolder or None)
     except OSError as error:
         raise ValueError(f"diffusers:{name} holds no autoencoder: {str(error).splitlines()[0]}") from None
-    model.eval().requires_grad_(False).to(device)
     device = torch.device(device)
+    model.eval().requires_grad_(False).to(device)
     with torch.no_grad():
         z = mode(model, to_tensor(np.zeros((1, PROBE, PROBE, 3), np.uint8), device))
     return Codec(
