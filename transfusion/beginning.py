@@ -41,6 +41,8 @@ def same_tokens(name: str | Path, file: Path, tokenizer: Tokenizer):
 
 def begin(model: Transfusion, config: RunConfig, tokenizer: Tokenizer):
     """Gives the model the weights of step 0, and prints where they differ from those of `init`."""
+    if {"text", "image"} & set(config.optim.freeze) and not config.init:
+        print(f"optim.freeze = {list(config.optim.freeze)} freezes random weights: set init to a trained model")
     torch.manual_seed(config.seed)
     model.init_weights()
     if config.init:

@@ -107,11 +107,6 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self):
-        frozen = set(self.optim.freeze) & {"text", "image"}
-        if frozen and not self.init:
-            raise ValueError(
-                f"optim.freeze = {list(self.optim.freeze)} would freeze random weights: set init to a trained model"
-            )
         if self.model.lora.r:
             # patches go through the text path's matrices where they have no own
             wanted = {"text", *self.model.lora.paths}
