@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -56,7 +56,7 @@ class Study:
     eval: tuple[str, ...] = ()  # overrides of `transfusion eval`
     report: tuple[str, ...] = ()  # names of the numbers that the table shows
     only: tuple[str, ...] = ()  # arms; () = all
-    set: tuple[str, ...] = field(default=())  # overrides for all arms
+    set: tuple[str, ...] = ()  # overrides for all arms
 
     def __post_init__(self):
         for name, arm in self.arms.items():

@@ -16,7 +16,7 @@ from transfusion.data.loader import Packer
 from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.transformer import SEPARABLE, ModelConfig, build_model, row_mask
 from transfusion.optim import build_optimizers, freeze, init_ema
-from transfusion.plan import count_6nd, count_flops, count_images, estimate_memory, patch_layers, plan
+from transfusion.plan import count_6nd, count_flops, count_images, count_packed, estimate_memory, patch_layers, plan
 from transfusion.run import RunConfig, TrainConfig
 from transfusion.sequence import Format, Image, Text, collate, lay_out
 
@@ -226,6 +226,31 @@ def test_the_plan_is_a_table_with_totals_that_add_up():
         values = [float(line[28:40].replace(",", "")) for line in section.splitlines()[1:]]
         assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.006 * len(values))
     assert "1,000 steps of 1,024 positions = 1,024,000 positions" in text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"separate": SEPARABLE, "freeze": ("text",)}, UNET, {"lora": LORA, "freeze": ("text", "image")}],
+    ids=str,
+)
+def test_flops_of_packed_rows_are_those_that_torch_counts_of_them_but_for_pairs_that_the_mask_forbids(fields):
+    config = with_model(CONFIG, **fields)
+    model, batches = build_model(config.model), micro_batches(config)
+    freeze(model, config.optim.freeze)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loop.gradients(model, batches, config, 0)
+    operations = counter.get_flop_counts()["Global"]
+    operations.pop(torch.ops.aten.bmm)
+    pairs = 0
+    for b in batches:
+        document, image = b.document.tolist(), b.image.tolist()
+        for d, im in zip(document, image):
+            pairs += sum(
+                d[q] == d[k] >= 0 and (k <= q or im[q] == im[k] >= 0) for q in range(len(d)) for k in range(len(d))
+            )
+    m = config.model
+    attention = 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs
+    assert count_packed(config, batches) - attention == pytest.approx(sum(operations.values()), rel=0.01)
 
 
 def test_6nd_is_six_times_what_a_position_goes_through():

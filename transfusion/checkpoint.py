@@ -112,6 +112,18 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return max(checkpoints(Path(folder)), key=step_of, default=None)
 
 
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that a run's folder, or a checkpoint's own, stands for; None if it holds none."""
+    step = latest_checkpoint(folder / "checkpoints")
+    return step or (folder if (folder / STATE).is_file() else None)
+
+
+def best_weights(step: Path) -> Path:
+    """The file of a checkpoint's averaged weights, or of its own where no average was kept."""
+    averaged = step / EMA
+    return averaged if averaged.is_file() else step / MODEL
+
+
 def read_state(path: str | Path) -> dict[str, Any]:
     """state.json of a complete checkpoint; ValueError says what is missing and what is there instead."""
     path = Path(path)

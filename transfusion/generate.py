@@ -105,7 +105,7 @@ class Engine:
         """
         same_number(images=images, instructions=instructions)
         documents = [self.open([image, text]) for image, text in zip(images, instructions)]
-        grids = [self.codec.grid(self.fit(image).shape[:2], self.fmt.patch_size) for image in images]
+        grids = [self.grid(self.fit(image).shape[:2]) for image in images]
         answers = self.complete(documents, "draw", seed, self.sampling(**options), grids)
         return [self.read(answer)[0] for answer in answers]
 
@@ -133,7 +133,7 @@ class Engine:
         pictures = [self.fit(image) for image in images]
         new = [self.fit(mask.convert("L").point(lambda v: 255 * (v >= 128)))[..., 0] >= 128 for mask in masks]
         known = [self.known(*pair) for pair in zip(pictures, new, strict=True)]
-        grids = [self.codec.grid(picture.shape[:2], self.fmt.patch_size) for picture in pictures]
+        grids = [self.grid(picture.shape[:2]) for picture in pictures]
         documents = [self.open(c) for c in captions]
         answers = self.complete(documents, "draw", seed, self.sampling(**options), grids, known)
         drawn = [np.asarray(self.read(answer)[0]) for answer in answers]

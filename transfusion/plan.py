@@ -66,12 +66,13 @@ def patch_layers(config: ModelConfig, grids: Grids) -> tuple[dict[str, int], int
     return flops, sum(tensor.untyped_storage().nbytes() // 4 for ref, tensor in kept.items() if ref not in own)
 
 
-def count_flops(config: RunConfig) -> dict[str, float]:
-    """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
-    m, c, frozen, images, grid = config.model, config.train, config.optim.freeze, count_images(config), grid_of(config)
-    parts, positions = dict(parameter_counts(build_model(m, "meta"))), c.rows * c.seq_len
-    of_layers, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
-    patches = math.prod(grid) * images * (m.patches != "codes")  # codes are targets of the text head
+def flops_by_part(
+    config: RunConfig, positions: float, patches: float, targets: float, pairs: float, of_layers: dict[str, float]
+) -> dict[str, float]:
+    """FLOPs forward and backward, of so many positions of which some are patches, targets of the text head, pairs that
+    attention looks at, and patch layers whose forward passes take `of_layers`."""
+    m, frozen = config.model, config.optim.freeze
+    parts = dict(parameter_counts(build_model(m, "meta")))
     own, texts = parts.get("image path", 0), positions - patches
     of_text, of_image = (4.0 if path in frozen else 6.0 for path in ("text", "image"))
     # nothing before `in` wants a gradient: where it is frozen, it has no backward pass at all
@@ -79,26 +80,32 @@ def count_flops(config: RunConfig) -> dict[str, float]:
     flops = {
         "trunk": of_text * (parts["trunk"] * positions - own * patches) + of_image * own * patches,
         "adapters": 6.0 * (parts.get("text adapters", 0) * texts + parts.get("image adapters", 0) * patches),
-        "attention (about)": 12.0 * m.n_layers * m.n_heads * m.head_dim * (c.seq_len / 2) * positions,
-        "text head": of_text * m.dim * m.vocab_size * texts,
-        "patch layers": sum(of_patches[name] * n for name, n in of_layers.items()) * images,
+        "attention (about)": 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs,
+        "text head": of_text * m.dim * m.vocab_size * targets,
+        "patch layers": sum(of_patches[name] * n for name, n in of_layers.items()),
     }
     return flops if m.lora.r else {name: value for name, value in flops.items() if name != "adapters"}
 
 
+def count_flops(config: RunConfig) -> dict[str, float]:
+    """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
+    m, c, images, grid = config.model, config.train, count_images(config), grid_of(config)
+    positions = c.rows * c.seq_len
+    of_layers, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
+    patches = math.prod(grid) * images * (m.patches != "codes")  # codes are targets of the text head
+    of_layers = {name: n * images for name, n in of_layers.items()}
+    return flops_by_part(config, positions, patches, positions - patches, c.seq_len / 2 * positions, of_layers)
+
+
 def count_packed(config: RunConfig, micro: list[Batch]) -> float:
-    """FLOPs of one step as it is packed: every position through the trunk, attention where the mask allows it, heads
-    where there is something to predict."""
-    m, c, frozen = config.model, config.train, config.optim.freeze
-    assert not frozen and not m.lora.r, "frozen weights and adapters are counted by count_flops"
-    trunk = dict(parameter_counts(build_model(m, "meta")))["trunk"]
-    total = 6.0 * trunk * c.rows * c.seq_len
+    """FLOPs of one step as it is packed: attention where the mask allows it, heads where something is predicted."""
+    total = 0.0
     for batch in micro:
-        pairs = dense_mask(batch.document, batch.image, batch.hidden, not m.causal_images)
-        pairs = (pairs[:, 0] & (batch.document >= 0)[:, None]).sum().item()
-        total += 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs + 6.0 * m.dim * m.vocab_size * batch.n_targets
-        if batch.grids:
-            total += 3.0 * sum(patch_layers(m, batch.grids)[0].values())
+        seen = dense_mask(batch.document, batch.image, batch.hidden, not config.model.causal_images)[:, 0]
+        pairs = (seen & (batch.document >= 0)[:, None]).sum().item()  # padding sees padding, for nothing
+        of_layers, _ = patch_layers(config.model, batch.grids) if batch.grids else ({}, 0)
+        counts = (batch.tokens.numel(), len(batch.patch_at), batch.n_targets, pairs)
+        total += sum(flops_by_part(config, *counts, of_layers).values())
     return total
 
 

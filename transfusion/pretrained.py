@@ -56,16 +56,13 @@ def find(name: str | Path) -> Trained:
         if (folder / CODEC).is_dir():
             config = replace(config, data=replace(config.data, codec=str(folder / CODEC)))
         return Trained(config, folder / WEIGHTS, folder / TOKENIZER)
-    step = checkpoint.latest_checkpoint(folder / "checkpoints")
-    if step is None and not (folder / checkpoint.STATE).is_file():
+    step = checkpoint.newest(folder)
+    if step is None:
         raise ValueError(
             f"{folder} holds no checkpoint and no {CONFIG}: it is no run, or the run has saved nothing yet"
         )
-    step = step or folder
     config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
-    averaged = step / checkpoint.EMA
-    weights = averaged if averaged.is_file() else step / checkpoint.MODEL
-    return Trained(config, weights, step.resolve().parents[1] / TOKENIZER)
+    return Trained(config, checkpoint.best_weights(step), step.resolve().parents[1] / TOKENIZER)
 
 
 def load(name: str | Path, device: str = "auto") -> Engine:

@@ -5,6 +5,7 @@ batch -> noise -> losses -> backward -> clip,      each a function of (config, s
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -155,17 +156,21 @@ def match_steps(config: RunConfig, state: dict) -> RunConfig:
     return replace(config, train=replace(config.train, steps=began["steps"]))
 
 
+def few(items: Sequence) -> Sequence:
+    """At most SAMPLED of the items, evenly spread."""
+    return items[:: max(1, len(items) // SAMPLED)][:SAMPLED]
+
+
 def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path: Path):
     """A sheet of the same captions each time, drawn from the same noise, the real images beside them."""
     engine, captions = Engine(model, tokenizer, config, corpus.codec), corpus.captions["train"]
-    documents = edits(corpus, least=1).get("train", [])
-    few = lambda items: items[:: max(1, len(items) // SAMPLED)][:SAMPLED]  # noqa: E731
+    documents = few(edits(corpus, least=1).get("train", []))
     if len(captions):
         chosen = few(range(len(captions)))
         texts = [captions.texts[i][0] for i in chosen]
         items = [(t, [d, captions.images[i]]) for t, d, i in zip(texts, engine.draw(texts), chosen)]
     elif documents:
-        items = sheet_items(engine, corpus, few(documents), draw_last(engine, corpus, few(documents), EvalConfig()))
+        items = sheet_items(engine, corpus, documents, draw_last(engine, corpus, documents, EvalConfig()))
     else:
         return  # nothing that ends with an image to draw
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,13 +62,10 @@ def find_codec(name: str | Path) -> TrainedCodec:
         )
     if (folder / CONFIG).is_file():
         return of_codec(folder, json.loads((folder / CONFIG).read_text()), folder / WEIGHTS, "")
-    step = checkpoint.latest_checkpoint(folder / "checkpoints")
-    if step is None and not (folder / checkpoint.STATE).is_file():
+    step = checkpoint.newest(folder)
+    if step is None:
         raise ValueError(f"{folder} holds no checkpoint and no {CONFIG}: it is no codec, or has saved nothing yet")
-    step = step or folder
-    averaged = step / checkpoint.EMA
-    weights = averaged if averaged.is_file() else step / checkpoint.MODEL
-    return of_codec(folder, checkpoint.read_state(step)["config"], weights, PART)
+    return of_codec(folder, checkpoint.read_state(step)["config"], checkpoint.best_weights(step), PART)
 
 
 def of_codec(folder: Path, config: dict[str, Any], weights: Path, prefix: str) -> TrainedCodec:
