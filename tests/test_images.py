@@ -95,6 +95,19 @@ def test_bad_files_are_named_under_their_reason_and_the_good_one_is_kept(tmp_pat
     }
 
 
+def test_metadata_says_what_is_held_out_and_then_nothing_is_drawn(tmp_path):
+    names = [f"{i:02}.png" for i in range(30)]
+    lines = [{"file_name": name, "text": name} for name in names]
+    for name in names:
+        put(tmp_path, name, caption=None)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert (load(tmp_path)[0].split == "held_out_image").sum() == 1  # drawn by a hash
+    lines[3]["split"], lines[4]["split"] = "held_out", "train"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    images, skipped = load(tmp_path)
+    assert [i for i, split in zip(images.ids, images.split) if split != "train"] == ["03.png"] and not skipped
+
+
 def test_bad_metadata_lines_are_named_by_number(tmp_path):
     put(tmp_path, "a.png", caption=None)
     put(tmp_path, "b.png", caption=None)
@@ -111,6 +124,7 @@ def test_bad_metadata_lines_are_named_by_number(tmp_path):
         b'{"file_name": "b.png", "text": "\\ud800"}',
         b"[" * 100_000,
         b'{"file_name": "b.png", "text": []}',
+        b'{"file_name": "b.png", "text": "x", "split": "test"}',
     ]
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join(lines))
     images, skipped = load(tmp_path)
@@ -122,6 +136,7 @@ def test_bad_metadata_lines_are_named_by_number(tmp_path):
         'metadata line without "file_name"': ["metadata.jsonl:7"],
         "metadata line that is not a JSON object": ["metadata.jsonl:8"],
         "metadata line that is not UTF-8 text": ["metadata.jsonl:9", "metadata.jsonl:10"],
+        "metadata line whose split is not train or held_out": ["metadata.jsonl:13"],
         "no caption": ["b.png"],
     }
 

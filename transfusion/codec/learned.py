@@ -57,7 +57,8 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    """A copy, as arrays from images and files may not be written to, which torch warns of."""
+    return torch.from_numpy(np.array(array)).to(device)
 
 
 def device_of(model: nn.Module) -> torch.device:

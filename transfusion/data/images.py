@@ -4,7 +4,8 @@
     folder/a/cat.txt         beside a/cat.png: one caption a line
 
 Every image takes one of a few sizes, (height, width) in pixels: the one whose aspect ratio is closest to its own.
-Held-out images never enter training: fixed in the shipped file, drawn by a hash of the file name in a folder.
+Held-out images never enter training: fixed in the shipped file; in a folder those whose line of metadata.jsonl says
+"split": "held_out" (as against "train"), and where no line says any, about 2 % by a hash of the file name.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from transfusion.data.report import Report
 OPENMOJI = Path(__file__).resolve().parent.parent / "assets" / "openmoji.npz"
 SHIPPED = ("emoji", "emoji:base")
 METADATA = "metadata.jsonl"
+SPLITS = ("train", "held_out")  # in metadata.jsonl
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 HELD_OUT_SHARE = 0.02
 MIN_FOR_HELD_OUT = 20  # a folder smaller than this is trained on whole
@@ -74,7 +76,7 @@ def load_folder(path: str, sizes: Sequence[Size], captioned: bool = True) -> tup
     """A folder's images, sub-folders included, in the order of their names; `captioned`: only those with a caption."""
     files = list_files(path, f"{' or '.join(map(repr, SHIPPED))}, or a folder of captioned images")
     skipped: dict[str, list[str]] = defaultdict(list)
-    captions = read_captions(files, skipped)
+    captions, splits = read_captions(files, skipped)
     wanted = [name for name in files if name in captions or Path(name).suffix.lower() in SUFFIXES]
     n, one_size = len(wanted), len(sizes) == 1  # images of one size are decoded into their array, never held twice
     images = np.empty((n, *sizes[0], 3), np.uint8) if one_size else [np.empty(0)] * n
@@ -101,7 +103,8 @@ def load_folder(path: str, sizes: Sequence[Size], captioned: bool = True) -> tup
             f'({" ".join(SUFFIXES)}) with captions in {METADATA} (lines of {{"file_name": ..., "text": ...}}) or in a '
             f".txt of the same name beside each image\n{report.summary()}"
         )
-    split = np.where(held_out(ids), "held_out_image", "train")
+    apart = np.array([splits.get(name) == "held_out" for name in ids]) if splits else held_out(ids)
+    split = np.where(apart, "held_out_image", "train")
     return ImageSet(path, images[: len(ids)], [captions.get(name, []) for name in ids], split, ids), report
 
 
@@ -130,9 +133,13 @@ def beside(name: str, target: str) -> str:
     return plain(os.path.normpath(os.path.join(os.path.dirname(name), target)).replace(os.sep, "/"))
 
 
-def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Image name -> its captions: those of metadata.jsonl, then those of its .txt; problems go into `skipped`."""
+def read_captions(
+    files: dict[str, Path], skipped: dict[str, list[str]]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """(image name -> its captions, those of metadata.jsonl, then those of its .txt; image name -> its split, of those
+    that have one); problems go into `skipped`."""
     captions: dict[str, list[str]] = defaultdict(list)
+    splits: dict[str, str] = {}
     stems = defaultdict(list)  # a/cat -> [a/cat.png, ...]
     for name in files:
         if Path(name).suffix.lower() in SUFFIXES:
@@ -151,6 +158,8 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> dict
                     problem = 'metadata line without "file_name"'
                 elif not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
                     problem = 'metadata line without "text"'
+                elif record.get("split", "train") not in SPLITS:
+                    problem = f"metadata line whose split is not {' or '.join(SPLITS)}"
                 else:
                     target = beside(name, target)
                     if target not in files:
@@ -159,6 +168,8 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> dict
                 skipped[problem].append(f"{name}:{number}")
             else:
                 captions[target] += [t.strip() for t in texts if t.strip()]
+                if "split" in record:
+                    splits[target] = record["split"]
     for name, file in files.items():
         stem, suffix = os.path.splitext(name)
         if suffix.lower() != ".txt":
@@ -176,7 +187,7 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> dict
             continue
         for image in stems[stem]:
             captions[image] += [line for line in lines if line]
-    return captions
+    return captions, splits
 
 
 @cache
