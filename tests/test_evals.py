@@ -12,7 +12,7 @@ import torch
 
 from transfusion.codec.codec import PIXELS
 from transfusion.config import load_config
-from transfusion.data.documents import Captions, Corpus, DataConfig, caption_then_image
+from transfusion.data.documents import Captions, Corpus, DataConfig, Document, Interleaved, Placed, caption_then_image
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import cosine
 from transfusion.evals import drawing
@@ -20,13 +20,14 @@ from transfusion.evals.captions import evaluate_captions
 from transfusion.evals.denoising import denoising_errors, derangement, evaluate_denoising, fixed_noise
 from transfusion.evals.drawing import carriers, chance, evaluate_drawing, ranks, squared_distances
 from transfusion.evals.features import efficientnet
+from transfusion.evals.interleaved import evaluate_documents
 from transfusion.evals.interval import normal, wilson
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.evals.text import evaluate_text, windows
 from transfusion.generate import Engine
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
-from transfusion.sequence import Format, Special, patchify
+from transfusion.sequence import Format, Special, Text, patchify
 
 SPECIAL = Special(pad=0, bos=1, eos=2, boi=3, eoi=4, patch=5)
 LETTERS = "abcdefghijklmnopqrstuvwxyz .\u00e9"
@@ -124,6 +125,29 @@ def clean(corpus, split, i):
 
 
 # ---- text
+
+
+def test_texts_of_documents_are_predicted_from_all_that_stands_before_them_the_images_clean():
+    engine, images = make_engine(), np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), np.uint8)
+
+    def text(said, learn=True):
+        return Text(np.array(Letters().encode(said)), learn)
+
+    told = [text("a b"), Placed(0, True), text("no", learn=False), text(" c")]
+    edit = [Placed(0, False), text("redden", learn=False), Placed(0, True)]
+    held_out = [Document(told, {"unseen": "pair"}), Document(edit, {})]
+    corpus = make_corpus()
+    documents = {"train": [Document(edit, {})], "held_out": held_out}
+    corpus = Corpus(corpus.config, corpus.fmt, PIXELS, corpus.captions, [], [], Interleaved(images, documents))
+    found = dict(evaluate_documents(engine, corpus, EvalConfig()))
+    tokens = [SPECIAL.bos, *told[0].ids, SPECIAL.boi, *[SPECIAL.patch] * 4, SPECIAL.eoi]
+    tokens += [*told[2].ids, *told[3].ids, SPECIAL.eos]
+    counted = [1, 2, 3, *range(len(tokens) - 3, len(tokens))]  # neither <boi>, nor what is only read
+    patches = torch.from_numpy(patchify(PIXELS.encode(images)[0], PATCH))
+    logits, _ = slow_forward(engine, tokens, patches, 0.0)
+    of_token = torch.log_softmax(logits.double(), -1)
+    nats = -sum(of_token[i - 1, tokens[i]].item() for i in counted) / len(counted)
+    assert found == {"documents/held_out_pair/n": 1, "documents/held_out_pair/nats_per_token": pytest.approx(nats, 1e-5)}
 
 
 def test_bits_per_byte_is_that_of_a_slow_reference_that_predicts_token_by_token():
@@ -463,7 +487,7 @@ def test_the_table_shows_intervals_in_brackets_and_a_column_a_split():
     assert lines[1].split() == ["bits", "per", "byte", "2.1345"]
     at = next(i for i, line in enumerate(lines) if line.startswith("Draw accuracy"))
     assert lines[at].split()[2:] == ["train", "held", "out", "image"]
-    assert lines[at + 1].split() == ["images", "looked", "at", "200", "50"]
+    assert lines[at + 1].split() == ["looked", "at", "200", "50"]
     assert "92.0 % (87.4 - 95.0)" in lines[at + 2] and lines[at + 2].strip().startswith("top-1, pixels")
     assert "0.05 %" in lines[at + 3] and lines[-1].split() == ["t", "=", "0.3", "0.2500"]
     assert lines[at + 1].index("200") + 3 == lines[at + 2].index(")") + 1  # aligned to the right

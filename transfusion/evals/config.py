@@ -14,7 +14,7 @@ SPLITS = ("train", "held_out_image", "held_out_combination")
 class EvalConfig:
     """Sizes are of each split, 0 leaves the part out. The same config gives the same numbers."""
 
-    n_captions: int = 200  # captioned and drawn
+    n_captions: int = 200  # captioned and drawn; documents with images anywhere: read
     n_images: int = 200  # denoised
     n_edits: int = 100  # of documents that end with an image to draw
     text_windows: int = 64  # of the run's seq_len, spread evenly over the held-out text

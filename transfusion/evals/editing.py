@@ -14,6 +14,7 @@ import numpy as np
 from transfusion.data.documents import Corpus, Document, Placed
 from transfusion.evals.colour import PALETTE, colour_of, overlap
 from transfusion.evals.config import EvalConfig
+from transfusion.evals.interleaved import by_split, some_of
 from transfusion.evals.interval import normal, wilson
 from transfusion.generate import Engine
 from transfusion.sequence import Text
@@ -22,13 +23,14 @@ from transfusion.sheet import contact_sheet
 
 def edits(corpus: Corpus, least: int = 2) -> dict[str, list[Document]]:
     """The documents that end with an image to draw, of at least so many images, by split; held-out ones may say why."""
-    found: dict[str, list[Document]] = {}
-    for split, documents in corpus.interleaved.documents.items():
-        for document in documents:
-            images = [s for s in document.segments if isinstance(s, Placed)]
-            if len(images) >= least and document.segments[-1] == images[-1] and images[-1].learn:
-                why = str(document.info.get("unseen") or "").replace("/", " ")
-                found.setdefault(f"{split}_{why}" if split != "train" and why else split, []).append(document)
+    found = {}
+    for split, documents in by_split(corpus).items():
+        images = [[s for s in d.segments if isinstance(s, Placed)] for d in documents]
+        of_split = [
+            d for d, i in zip(documents, images) if len(i) >= least and d.segments[-1] == i[-1] and i[-1].learn
+        ]
+        if of_split:
+            found[split] = of_split
     return found
 
 
@@ -62,8 +64,8 @@ def evaluate_editing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
     """(name, value) for each split: edits looked at, mse, that of the source, and colour and overlap where known."""
     images = corpus.interleaved.images
     for split, documents in edits(corpus).items():
-        numbers = sorted(np.random.default_rng(config.seed).permutation(len(documents))[: config.n_edits].tolist())
-        looked_at, n = [documents[i] for i in numbers], len(numbers)
+        looked_at = some_of(documents, config.n_edits, config.seed)
+        n = len(looked_at)
         if not n:
             continue
         drawn = draw_last(engine, corpus, looked_at, config)

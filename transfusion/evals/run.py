@@ -13,6 +13,7 @@ from transfusion.evals.config import SPLITS, EvalConfig
 from transfusion.evals.denoising import evaluate_denoising
 from transfusion.evals.drawing import evaluate_drawing
 from transfusion.evals.editing import evaluate_editing
+from transfusion.evals.interleaved import evaluate_documents
 from transfusion.evals.text import evaluate_text
 from transfusion.generate import Engine
 
@@ -21,6 +22,7 @@ Evaluator = Callable[[Engine, Corpus, EvalConfig], Iterator[tuple[str, float]]]
 EVALUATORS: dict[str, Evaluator] = {
     "text": evaluate_text,
     "captions": evaluate_captions,
+    "documents": evaluate_documents,
     "denoising": evaluate_denoising,
     "drawing": evaluate_drawing,
     "editing": evaluate_editing,
@@ -29,6 +31,7 @@ EVALUATORS: dict[str, Evaluator] = {
 TITLES = {
     "text": "Text",
     "captions": "Captions of images",
+    "documents": "Texts of documents",
     "denoising": "Diffusion loss",
     "conditioning": "Conditioning gap",
     "drawing": "Draw accuracy",
@@ -36,7 +39,7 @@ TITLES = {
     "reconstruction": "Reconstruction",
 }
 LABELS = {
-    "n": "images looked at",
+    "n": "looked at",
     "nats_per_token": "nats per token",
     "bits_per_byte": "bits per byte",
     "exact_match": "exact match, greedy",

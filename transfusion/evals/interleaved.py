@@ -1,0 +1,49 @@
+"""How well the texts of documents with images anywhere are predicted, the images before them being clean.
+
+    <bos> text [image, clean] text [image, clean] ... <eos>      nats per token of the texts that are learned
+
+What their images would be drawn like: evals/editing.py, where a document ends with one.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from transfusion.data.documents import Corpus, Document
+from transfusion.evals.config import EvalConfig
+from transfusion.evals.score import nats
+from transfusion.generate import Engine
+from transfusion.sequence import Segment, Text
+
+
+def by_split(corpus: Corpus) -> dict[str, list[Document]]:
+    """All documents by split; held-out ones may say why in their info ("unseen"), which parts them."""
+    found: dict[str, list[Document]] = {}
+    for split, documents in corpus.interleaved.documents.items():
+        for document in documents:
+            why = str(document.info.get("unseen") or "").replace("/", " ")
+            found.setdefault(f"{split}_{why}" if split != "train" and why else split, []).append(document)
+    return found
+
+
+def some_of(documents: list[Document], n: int, seed: int) -> list[Document]:
+    """At most n of them, drawn once by seed, in their order."""
+    return [documents[i] for i in sorted(np.random.default_rng(seed).permutation(len(documents))[:n].tolist())]
+
+
+def given(corpus: Corpus, document: Document) -> list[Segment]:
+    """The whole document, its images clean."""
+    bos, eos = (Text(np.array([token])) for token in (corpus.special.bos, corpus.special.eos))
+    segments = (s if isinstance(s, Text) else corpus.image(corpus.interleaved, s.number, 0) for s in document.segments)
+    return [bos, *segments, eos]
+
+
+def evaluate_documents(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
+    """(name, value) for each split: documents looked at, nats per token; those without a text to learn are left out."""
+    for split, documents in by_split(corpus).items():
+        told = [d for d in documents if any(isinstance(s, Text) and s.learn for s in d.segments)]
+        looked_at = some_of(told, config.n_captions, config.seed)
+        if looked_at:
+            of_documents, n_tokens = nats(engine, [given(corpus, d) for d in looked_at], config.batch)
+            yield f"documents/{split}/n", len(looked_at)
+            yield f"documents/{split}/nats_per_token", of_documents.sum() / n_tokens.sum()
