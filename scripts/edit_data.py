@@ -8,7 +8,8 @@ one of captioned images (transfusion/data/images.py).
     python scripts/edit_data.py earth OUT                   # a tile of one map, "show the relief", of another
 
 The same versions give the same bytes: no clock and no random number enters; shares are drawn by sha256. The archives
-are pinned in fetch.py. OUT holds documents.jsonl (metadata.jsonl of `named`), images/, contact_sheet.png and an ATTRIBUTION.md.
+are pinned in fetch.py. OUT holds documents.jsonl (of `named` metadata.jsonl), images/, contact_sheet.png and an
+ATTRIBUTION.md.
 """
 
 import argparse
