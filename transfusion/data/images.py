@@ -133,9 +133,7 @@ def beside(name: str, target: str) -> str:
     return plain(os.path.normpath(os.path.join(os.path.dirname(name), target)).replace(os.sep, "/"))
 
 
-def read_captions(
-    files: dict[str, Path], skipped: dict[str, list[str]]
-) -> tuple[dict[str, list[str]], dict[str, str]]:
+def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """(image name -> its captions, those of metadata.jsonl, then those of its .txt; image name -> its split, of those
     that have one); problems go into `skipped`."""
     captions: dict[str, list[str]] = defaultdict(list)

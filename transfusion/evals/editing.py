@@ -26,9 +26,7 @@ def edits(corpus: Corpus, least: int = 2) -> dict[str, list[Document]]:
     found = {}
     for split, documents in by_split(corpus).items():
         images = [[s for s in d.segments if isinstance(s, Placed)] for d in documents]
-        of_split = [
-            d for d, i in zip(documents, images) if len(i) >= least and d.segments[-1] == i[-1] and i[-1].learn
-        ]
+        of_split = [d for d, i in zip(documents, images) if len(i) >= least and d.segments[-1] == i[-1] and i[-1].learn]
         if of_split:
             found[split] = of_split
     return found
