@@ -166,8 +166,9 @@ def test_compiled_blocks_take_any_number_of_patches_and_are_not_compiled_for_eac
     ):
         length = row(options, documents, 0)[0].tokens.shape[1]
         b, z, t = row(options, documents, padding=24 - length)  # rows of a run are of one length
+        real = b.document[0] >= 0  # attention leaves padding out, where it goes by documents
         for a, c in zip(outputs(plain, b, z, t), outputs(compiled, b, z, t)):
-            torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a[real], c[real], rtol=1e-5, atol=1e-5)
         if documents == [[1, (3, 4), 1]]:
             before = len(compilations)
     assert 0 < len(compilations) == before

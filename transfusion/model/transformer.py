@@ -24,10 +24,12 @@ from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, is_adapter
 from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import angles, rotate
 from transfusion.model.unet import STAGES, UNetPatches
+from transfusion.model.varlen import VarlenMask, varlen_attention, varlen_mask
 from transfusion.sequence import Batch, check_image_positions
 
 NORMS = ("pre", "post")
 SEPARABLE = ("ffn", "attention", "norms")
+Mask = Tensor | BlockMask | VarlenMask  # bool [B, 1, L, L], or what FlexAttention or attention by document reads
 PART = {"feed_forward": "ffn", "attention": "attention"}  # module of a layer -> which of SEPARABLE it is
 
 
@@ -162,7 +164,7 @@ class Attention(nn.Module):
         order: Order,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | BlockMask,
+        mask: Mask,
         cache: LayerCache | None,
     ) -> list[Tensor]:
         of_streams = [self.heads(x, path) for path, x in enumerate(streams)]
@@ -171,8 +173,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
             q = q.to(k.dtype)
-        attend = flex_attention if isinstance(mask, BlockMask) else F.scaled_dot_product_attention
-        out = attend(q, k, v, **{"block_mask" if attend is flex_attention else "attn_mask": mask}, enable_gqa=True)
+        if isinstance(mask, VarlenMask):
+            out = varlen_attention(q, k, v, mask)
+        elif isinstance(mask, BlockMask):
+            out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         return [self.wo(x, path) for path, x in enumerate(order.split(out.transpose(1, 2).flatten(2)))]
 
 
@@ -202,7 +208,7 @@ class Block(nn.Module):
         order: Order,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | BlockMask,
+        mask: Mask,
         cache: LayerCache | None = None,
     ) -> list[Tensor]:
         if self.post:
@@ -237,7 +243,7 @@ class Transfusion(nn.Module):
         self,
         tokens: Tensor,  # [B, L]
         place: Tensor,  # [B, L, 4] rotary coordinates, row and column
-        mask: Tensor | BlockMask,
+        mask: Mask,
         z: Tensor,  # [N, P] noisy patches
         t: Tensor,  # [I] noise level of each image
         patch_image: Tensor,  # [N] image of each patch
@@ -323,8 +329,11 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
         yield name, sum(p.numel() for m in of_part for p in m.parameters())
 
 
-def row_mask(batch: Batch, model: Transfusion) -> Tensor | BlockMask:
-    """The mask of a batch: FlexAttention's tiles for compiled blocks on CUDA, a boolean tensor elsewhere."""
-    # uncompiled, FlexAttention writes out all scores: ten times slower than SDPA with a boolean mask
-    build = masks.block_mask if model.compiled and batch.tokens.is_cuda else masks.dense_mask
+def row_mask(batch: Batch, model: Transfusion) -> Mask:
+    """The mask of a batch: FlexAttention's tiles for compiled blocks on CUDA, documents apart on a CPU."""
+    on = batch.tokens.device.type
+    if model.compiled:  # shapes must not change; uncompiled, Flex writes out all scores: ten times slower than SDPA
+        build = masks.block_mask if on == "cuda" else masks.dense_mask
+    else:
+        build = varlen_mask if on == "cpu" else masks.dense_mask
     return build(batch.document, batch.image, batch.hidden, not model.config.causal_images)

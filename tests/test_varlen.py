@@ -1,0 +1,79 @@
+"""Attention by documents against SDPA with the dense mask: outputs, gradients, in bf16, and how little is filled up."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from random_rows import packed, rich_rows, seeds
+
+from transfusion.model import varlen
+from transfusion.model.mask import dense_mask
+from transfusion.model.varlen import FULL, varlen_attention, varlen_mask
+
+
+def layout_of(seed, rows, padding=0):
+    batch = packed(seed, rows)
+    batch = packed(seed, rows, seq_len=batch.tokens.shape[1] + padding)
+    return batch.document, batch.image, batch.hidden
+
+
+def heads(layout, n_heads, n_kv_heads, dtype=torch.float32):
+    """q, k, v that ask for gradients, and a gradient of the output."""
+    (B, L), random = layout[0].shape, torch.Generator().manual_seed(0)
+    shapes = [(B, L, h, 8) for h in (n_heads, n_kv_heads, n_kv_heads, n_heads)]
+    *qkv, g = (torch.randn(shape, generator=random).to(dtype).transpose(1, 2) for shape in shapes)
+    return [x.detach().requires_grad_() for x in qkv], g
+
+
+@given(seeds, rich_rows, st.integers(0, 9), st.booleans(), st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+def test_every_document_gets_the_output_and_the_gradients_of_the_dense_mask_and_padding_none(
+    seed, rows, padding, full, n_heads
+):
+    layout = layout_of(seed, rows, padding)
+    real = (layout[0] >= 0)[:, None, :, None]
+    assume(real.any())
+    qkv, g = heads(layout, *n_heads)
+    g = g * real
+    wanted = F.scaled_dot_product_attention(*qkv, dense_mask(*layout, full), enable_gqa=True) * real
+    wanted_gradients = torch.autograd.grad(wanted, qkv, g)
+    found = varlen_attention(*qkv, varlen_mask(*layout, full))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found, qkv, g), wanted_gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+LAYOUT = [[[9, (4, 4), 5], [(2, 3, "copy"), 7], [30]], [[3, (5, 5)], [40]]]
+
+
+@pytest.mark.parametrize("most", [0, 1024])  # through SDPA, and written out
+def test_in_bf16_it_is_as_far_from_float32_as_sdpa_is(most, monkeypatch):
+    monkeypatch.setattr(varlen, "WRITTEN_OUT", most)
+    layout = layout_of(0, LAYOUT, 3)
+    real = (layout[0] >= 0)[:, None, :, None]
+    (q, k, v), g = heads(layout, 4, 2, torch.bfloat16)
+    exact = F.scaled_dot_product_attention(*(x.float() for x in (q, k, v)), dense_mask(*layout), enable_gqa=True) * real
+    wanted_gradients = torch.autograd.grad(exact, [q, k, v], g.float() * real)
+    found = varlen_attention(q, k, v, varlen_mask(*layout))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.03)
+    for a, b in zip(torch.autograd.grad(found, [q, k, v], g * real), wanted_gradients):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.06)
+
+
+@given(seeds, rich_rows, st.integers(0, 9))
+def test_every_real_position_has_one_place_and_little_is_filled_up(seed, rows, padding):
+    layout = layout_of(seed, rows, padding)
+    mask, real = varlen_mask(*layout), layout[0].flatten() >= 0
+    assert mask.at[mask.place[real]].tolist() == real.nonzero()[:, 0].tolist()
+    assert (mask.place[~real] == len(mask.at)).all()
+    assert len(mask.at) == sum(D * n for D, n in mask.groups) <= real.sum() / FULL + 1
+    assert [tuple(a.shape) for a in mask.allowed] == [(D, 1, n, n) for D, n in mask.groups]
+
+
+def test_rows_of_padding_alone_come_out_as_zeros():
+    none = torch.full((2, 5), -1, dtype=torch.int32)
+    mask = varlen_mask(none, none, none > 0)
+    assert not mask.groups
+    q = torch.randn(2, 1, 5, 8)
+    assert torch.equal(varlen_attention(q, q, q, mask), torch.zeros_like(q))
