@@ -3,10 +3,12 @@
     python bench/study.py bench/studies/paper.toml            # trains what is missing, then prints the table
     python bench/study.py bench/studies/paper.toml --table    # only the table
 
-A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, and runs may be split
-among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its own FLOPs as they are packed
-(`count_packed` in transfusion/plan.py), so arms of unequal cost a step get unequal steps. Arms are compared seed by
-seed: the mean difference to the arm that each is measured against, with the 95 % interval of Student's t.
+A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, both only under the very
+settings that it had; runs may be split among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its
+own FLOPs as they are packed (`count_packed` in transfusion/plan.py), so arms of unequal cost a step get unequal steps,
+and see unequal numbers of images. Arms are compared seed by seed: the mean difference to each arm that they are measured
+against, with the 95 % interval of Student's t. It covers what the seed decides in training, not the choice of what is
+evaluated.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from statistics import fmean, stdev
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
-from transfusion.config import load_config
+from transfusion.config import load_config, to_dict
 from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer
 from transfusion.plan import count_6nd, count_packed
@@ -38,10 +40,10 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 @dataclass(frozen=True)
 class Arm:
-    """What a run changes, and which arm it is measured against ("" = none)."""
+    """What a run changes, and which arms it is measured against."""
 
     set: tuple[str, ...] = ()  # overrides of the base config
-    against: str = ""
+    against: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class Study:
 
     def __post_init__(self):
         for name, arm in self.arms.items():
-            if arm.against and arm.against not in self.arms:
-                raise ValueError(f"arm {name!r} is against {arm.against!r}, which is none of {', '.join(self.arms)}")
+            for other in arm.against:
+                if other not in self.arms:
+                    raise ValueError(f"arm {name!r} is against {other!r}, which is none of {', '.join(self.arms)}")
         for name in self.only:
             if name not in self.arms:
                 raise ValueError(f"only = {name!r} is none of the arms: {', '.join(self.arms)}")
@@ -79,24 +82,37 @@ def overrides_of(study: Study, arm: str, seed: int) -> list[str]:
     given = [*study.set, *study.arms[arm].set, f"seed={seed}"]
     config = load_config(RunConfig, study.base, [*given, "train.steps=1"])
     codec = load_codec(config.data.codec)
-    steps = round(study.flops / flops_of_step(resolve(config, codec), codec))
+    steps = round(study.flops / of_a_step(resolve(config, codec), codec)["flops"])
     if not steps:
         raise ValueError(f"flops = {study.flops:g} is less than half a step of {arm!r}: raise it")
     return [*given, f"train.steps={steps}"]
 
 
-def flops_of_step(config: RunConfig, codec: Codec) -> float:
-    """Mean FLOPs of the first steps as they are packed, forward and backward."""
+def settings_of(study: Study, overrides: list[str]) -> dict:
+    """All that decides a run's line, as JSON keeps it: the whole config, what its base says too, and the evaluation's."""
+    config = to_dict(load_config(RunConfig, study.base, overrides))
+    return json.loads(json.dumps({"config": config, "eval": study.eval}))
+
+
+def of_a_step(config: RunConfig, codec: Codec) -> dict[str, float]:
+    """Means over the first steps as they are packed: FLOPs, forward and backward, and images, drawn and read."""
     tokenizer = load_own_tokenizer(config)
     fmt = format_of(config, tokenizer, codec)
     corpus, _ = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
     packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
-    return fmean(count_packed(config, packer.batches(step)) for step in range(COUNTED))
+    steps = [packer.batches(step) for step in range(COUNTED)]
+    images = fmean(sum((b.tokens == fmt.special.boi).sum().item() for b in micro) for micro in steps)
+    return {"flops": fmean(count_packed(config, micro) for micro in steps), "images": images}
 
 
 def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
     """Trains and evaluates one run; its line of results."""
-    folder, start = Path(study.out) / f"{arm}-{seed}", time.perf_counter()
+    folder, start, settings = Path(study.out) / f"{arm}-{seed}", time.perf_counter(), settings_of(study, overrides)
+    began = folder / "settings.json"
+    if began.is_file() and json.loads(began.read_text()) != settings:
+        raise ValueError(f"{folder} began with other settings: remove it, or set another out")
+    folder.mkdir(parents=True, exist_ok=True)
+    began.write_text(json.dumps(settings))
     resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
     command = [sys.executable, "-m", "transfusion.cli"]
     subprocess.run([*command, "train", study.base, *overrides, f"out={folder}", *resume], check=True)
@@ -106,14 +122,13 @@ def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
         raise ValueError(f"{folder} was stopped at step {saved}: call the study again, it goes on from there")
     subprocess.run([*command, "eval", str(folder), *study.eval, "--json", str(folder / "eval.json")], check=True)
     config = load_config(RunConfig, folder / "config.toml")
-    codec = load_codec(config.data.codec)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    whole = {name: config.train.steps * n for name, n in of_a_step(config, load_codec(config.data.codec)).items()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "arm": arm,
         "seed": seed,
-        "set": overrides,
         "steps": config.train.steps,
-        "flops": config.train.steps * flops_of_step(config, codec),
+        **whole,
         "flops_6nd": config.train.steps * count_6nd(config),
         "seconds": round(seconds, 1),
         "resumed": bool(resume),
@@ -121,6 +136,7 @@ def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "results": json.loads((folder / "eval.json").read_text()),
+        "settings": settings,
     }
 
 
@@ -135,23 +151,23 @@ def table(study: Study) -> Iterator[str]:
     """Markdown: of each arm the mean of each number over its seeds, then its differences to what it is against."""
     found = results(study)
     names = [name for name in study.report if any(name in r["results"] for r in found.values())]
-    head = "| arm | seeds | steps | " + " | ".join(names) + " |"
-    yield head
-    yield "|" + "---|" * (len(names) + 3)
+    yield "| arm | seeds | steps | images | " + " | ".join(names) + " |"
+    yield "|" + "---|" * (len(names) + 4)
     for arm in study.arms:
         runs = [found[arm, seed] for seed in study.seeds if (arm, seed) in found]
         if runs:
             cells = [cell([r["results"].get(name) for r in runs]) for name in names]
-            yield f"| {arm} | {len(runs)} | {fmean(r['steps'] for r in runs):.0f} | " + " | ".join(cells) + " |"
+            steps, images = (fmean(r[n] for r in runs) for n in ("steps", "images"))
+            yield f"| {arm} | {len(runs)} | {steps:.0f} | {images:.0f} | " + " | ".join(cells) + " |"
     yield ""
     yield "| difference | seeds | " + " | ".join(names) + " |"
     yield "|" + "---|" * (len(names) + 2)
-    for name, arm in study.arms.items():
-        seeds = [s for s in study.seeds if (name, s) in found and (arm.against, s) in found]
+    for name, other in ((name, other) for name, arm in study.arms.items() for other in arm.against):
+        seeds = [s for s in study.seeds if (name, s) in found and (other, s) in found]
         if seeds:
-            pairs = [(found[name, s]["results"], found[arm.against, s]["results"]) for s in seeds]
+            pairs = [(found[name, s]["results"], found[other, s]["results"]) for s in seeds]
             cells = [cell([a[n] - b[n] if n in a and n in b else None for a, b in pairs], "+") for n in names]
-            yield f"| {name} - {arm.against} | {len(seeds)} | " + " | ".join(cells) + " |"
+            yield f"| {name} - {other} | {len(seeds)} | " + " | ".join(cells) + " |"
 
 
 def cell(values: list[float | None], sign: str = "") -> str:
@@ -175,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         for arm, seed in wanted:
             overrides = [o.replace(f"seed={study.seeds[0]}", f"seed={seed}") for o in of_arm[arm]]
             on_record = results(study).get((arm, seed))
-            if on_record and on_record["set"] != overrides:
+            if on_record and on_record["settings"] != settings_of(study, overrides):
                 raise ValueError(
                     f"{study.out}/results.jsonl has {arm}, seed {seed} with other settings: set another out"
                 )

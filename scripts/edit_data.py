@@ -131,7 +131,7 @@ def named(size: int, shapes: int) -> tuple[Images, Documents]:
         name, painted = in_colours(shape, covers[shape])
         images |= painted
         for i, colour in enumerate(PALETTE):
-            split = "held_out" if i == k % len(PALETTE) else "train"
+            split = "held_out_combination" if i == k % len(PALETTE) else "train"
             documents.append({"segments": [caption(colour, shape), {"image": name[colour]}], "split": split})
     return images, documents
 
@@ -260,7 +260,7 @@ public domain. Changes: brought to one size and cut into tiles.
 def sheet(images: Images, documents: Documents) -> Image.Image:
     """A look at some documents of either split: their pictures side by side over their texts."""
     sheets = []
-    for split in ("train", "held_out"):
+    for split in dict.fromkeys(document["split"] for document in documents):
         members = [document for document in documents if document["split"] == split]
         items = []
         for document in sorted(members, key=lambda d: order("sheet", json.dumps(d)))[:32]:

@@ -125,12 +125,12 @@ def test_the_same_archive_gives_the_same_bytes_into_an_empty_folder_only(icon_ma
 def test_of_each_named_shape_one_colour_is_held_out_and_a_folder_of_captioned_images_is_written(icon_makers, tmp_path):
     icon_makers.main(["named", str(tmp_path / "out"), "--size", str(SIZE), "--shapes", "8"])
     found, _ = load_images(str(tmp_path / "out"), SIZE)
-    assert len(found) == 8 * len(PALETTE) and found.split.tolist().count("held_out_image") == 8
+    assert len(found) == 8 * len(PALETTE) and found.split.tolist().count("held_out_combination") == 8
     shapes, colours = set(), set()
     for image, (text,), split in zip(found.images, found.captions, found.split):
         article, colour, shape = text.split(" ", 2)
         assert colour_of(image) == colour and article == ("an" if colour == "orange" else "a")
-        if split == "held_out_image":
+        if split == "held_out_combination":
             shapes.add(shape)
             colours.add(colour)
     assert len(shapes) == 8 and colours == set(PALETTE)

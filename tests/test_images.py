@@ -102,10 +102,18 @@ def test_metadata_says_what_is_held_out_and_then_nothing_is_drawn(tmp_path):
         put(tmp_path, name, caption=None)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert (load(tmp_path)[0].split == "held_out_image").sum() == 1  # drawn by a hash
-    lines[3]["split"], lines[4]["split"] = "held_out", "train"
+    lines[3]["split"], lines[4]["split"], lines[5]["split"] = "held_out_image", "train", "held_out_combination"
+    lines.append({"file_name": "03.png", "text": "another caption", "split": "train"})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     images, skipped = load(tmp_path)
-    assert [i for i, split in zip(images.ids, images.split) if split != "train"] == ["03.png"] and not skipped
+    apart = {i: split for i, split in zip(images.ids, images.split) if split != "train"}
+    assert apart == {"03.png": "held_out_image", "05.png": "held_out_combination"}
+    assert skipped == {"metadata line whose split contradicts an earlier one": ["metadata.jsonl:31"]}
+    for i in range(30):  # a file without splits beside it: of its images some are drawn
+        put(tmp_path, f"free/{i:02}.png", caption="free")
+    split = dict(zip((images := load(tmp_path)[0]).ids, images.split))
+    assert sum(split[f"free/{i:02}.png"] == "held_out_image" for i in range(30)) == 1
+    assert sum(kind != "train" for kind in split.values()) == 3
 
 
 def test_bad_metadata_lines_are_named_by_number(tmp_path):
@@ -136,7 +144,7 @@ def test_bad_metadata_lines_are_named_by_number(tmp_path):
         'metadata line without "file_name"': ["metadata.jsonl:7"],
         "metadata line that is not a JSON object": ["metadata.jsonl:8"],
         "metadata line that is not UTF-8 text": ["metadata.jsonl:9", "metadata.jsonl:10"],
-        "metadata line whose split is not train or held_out": ["metadata.jsonl:13"],
+        "metadata line whose split is not train, held_out_image, held_out_combination": ["metadata.jsonl:13"],
         "no caption": ["b.png"],
     }
 

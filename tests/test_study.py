@@ -53,6 +53,7 @@ def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(study, tm
     assert lines.startswith(first) and lines.count("\n") == 2 and "== wide" in capfd.readouterr().out
     wide, narrow = map(json.loads, lines.splitlines())
     assert (wide["arm"], narrow["arm"], wide["seed"], narrow["seed"]) == ("wide", "narrow", 0, 0)
+    assert wide["images"] >= wide["steps"]
     assert wide["flops"] == pytest.approx(1.2e9, rel=0.5) and wide["results"]["denoising/train/loss"] > 0
     assert study.main([str(path), "--table"]) == 0
     printed = capfd.readouterr().out
@@ -79,6 +80,26 @@ def test_a_run_that_was_stopped_is_not_on_record_and_goes_on(study, tmp_path, mo
     assert study.main([str(path), "seeds=0", "only=wide", "flops=9e9"]) == 2, "another grid in the same folder"
 
 
+def test_settings_that_no_override_names_are_no_secret_change(study, tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, 1.2e9)
+    s = load_config(study.Study, path, ["seeds=0", "only=wide"])
+    folder = Path(s.out) / "wide-0"
+    folder.mkdir(parents=True)
+    settings = study.settings_of(s, study.overrides_of(s, "wide", 0))
+    base = Path(s.base)
+    base.write_text(base.read_text().replace("[optim]", "[optim]\nclip = 0.5"))
+    for record in (
+        lambda: (folder / "settings.json").write_text(json.dumps(settings)),
+        lambda: (Path(s.out) / "results.jsonl").write_text(
+            json.dumps({"arm": "wide", "seed": 0, "results": {}, "settings": settings}) + "\n"
+        ),
+    ):
+        record()
+        assert study.main([str(path), "seeds=0", "only=wide"]) == 2
+        assert "other settings" in capsys.readouterr().err
+    assert not (folder / "checkpoints").exists()
+
+
 def test_intervals_are_students(study):
     mean, half = study.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
@@ -90,7 +111,7 @@ def test_differences_are_paired_by_seed(study, tmp_path):
     Path(s.out).mkdir()
     with (Path(s.out) / "results.jsonl").open("w") as file:
         for arm, seed, value in (("wide", 0, 1.0), ("wide", 1, 5.0), ("narrow", 0, 1.5), ("narrow", 1, 5.5)):
-            line = {"arm": arm, "seed": seed, "steps": 3, "results": {"denoising/train/loss": value}}
+            line = {"arm": arm, "seed": seed, "steps": 3, "images": 9, "results": {"denoising/train/loss": value}}
             file.write(json.dumps(line) + "\n")
     *_, last = study.table(s)
     assert last == "| narrow - wide | 2 | +0.5 +- 0 |"
@@ -107,7 +128,7 @@ def test_an_arm_that_is_not_there_is_refused(study, tmp_path):
 def test_a_shipped_study_loads_and_its_base_too(study, path, monkeypatch):
     monkeypatch.chdir(ROOT)
     s = load_config(study.Study, path)
-    assert s.arms and all(arm.against in s.arms for arm in s.arms.values() if arm.against)
+    assert s.arms and any(arm.against for arm in s.arms.values())
     for arm in s.arms.values():
         config = load_config(RunConfig, s.base, [*s.set, *arm.set])
         assert resolve(config, load_codec(config.data.codec)).model.vocab_size

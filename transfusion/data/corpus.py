@@ -8,7 +8,7 @@ from transfusion.cachedir import cachedir
 from transfusion.codec.codec import Codec
 from transfusion.data import latents as latent_cache
 from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed, has_copies
-from transfusion.data.images import ImageSet, load_images
+from transfusion.data.images import SPLITS, ImageSet, load_images
 from transfusion.data.interleaved import DocumentSet, TextSegment, load_documents
 from transfusion.data.report import Report
 from transfusion.data.text import TextSet, load_text
@@ -37,8 +37,7 @@ def build_corpus(
         texts, reports[f"text {path}"] = load_text(path)
         text_sets.append(texts)
     captions = {
-        split: captions_of(image_sets, split, config, tokenizer, codec, fmt, seq_len, reports)
-        for split in ("train", "held_out_image", "held_out_combination")
+        split: captions_of(image_sets, split, config, tokenizer, codec, fmt, seq_len, reports) for split in SPLITS
     }
     works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
     held_out = [text for s in text_sets for text in s.held_out]

@@ -4,8 +4,9 @@
     folder/a/cat.txt         beside a/cat.png: one caption a line
 
 Every image takes one of a few sizes, (height, width) in pixels: the one whose aspect ratio is closest to its own.
-Held-out images never enter training: fixed in the shipped file; in a folder those whose line of metadata.jsonl says
-"split": "held_out" (as against "train"), and where no line says any, about 2 % by a hash of the file name.
+Held-out images never enter training. A line of metadata.jsonl may say the "split" of its image, one of SPLITS; in a file
+where some line does, a line without is train. Of all other images of a folder about 2 % are held out by a hash of the
+file name. In the shipped file all is fixed.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from transfusion.data.report import Report
 OPENMOJI = Path(__file__).resolve().parent.parent / "assets" / "openmoji.npz"
 SHIPPED = ("emoji", "emoji:base")
 METADATA = "metadata.jsonl"
-SPLITS = ("train", "held_out")  # in metadata.jsonl
+SPLITS = ("train", "held_out_image", "held_out_combination")  # the last: its parts were seen, not together
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 HELD_OUT_SHARE = 0.02
 MIN_FOR_HELD_OUT = 20  # a folder smaller than this is trained on whole
@@ -103,8 +104,9 @@ def load_folder(path: str, sizes: Sequence[Size], captioned: bool = True) -> tup
             f'({" ".join(SUFFIXES)}) with captions in {METADATA} (lines of {{"file_name": ..., "text": ...}}) or in a '
             f".txt of the same name beside each image\n{report.summary()}"
         )
-    apart = np.array([splits.get(name) == "held_out" for name in ids]) if splits else held_out(ids)
-    split = np.where(apart, "held_out_image", "train")
+    free = [name for name in ids if name not in splits]
+    splits |= {name: "held_out_image" if apart else "train" for name, apart in zip(free, held_out(free))}
+    split = np.array([splits[name] for name in ids], f"<U{max(map(len, SPLITS))}")
     return ImageSet(path, images[: len(ids)], [captions.get(name, []) for name in ids], split, ids), report
 
 
@@ -134,8 +136,8 @@ def beside(name: str, target: str) -> str:
 
 
 def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """(image name -> its captions, those of metadata.jsonl, then those of its .txt; image name -> its split, of those
-    that have one); problems go into `skipped`."""
+    """(image name -> its captions, those of metadata.jsonl, then those of its .txt; image name -> its split, where a
+    metadata.jsonl with splits names it); problems go into `skipped`."""
     captions: dict[str, list[str]] = defaultdict(list)
     splits: dict[str, str] = {}
     stems = defaultdict(list)  # a/cat -> [a/cat.png, ...]
@@ -145,7 +147,9 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> tupl
     for name, file in files.items():
         if Path(name).name != METADATA:
             continue
-        for number, record in read_jsonl(file):
+        records = list(read_jsonl(file))
+        default = "train" if any("split" in r for _, r in records if isinstance(r, dict)) else None
+        for number, record in records:
             problem, target = "", ""
             if isinstance(record, str):
                 problem = f"metadata {record}"
@@ -157,17 +161,19 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> tupl
                 elif not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
                     problem = 'metadata line without "text"'
                 elif record.get("split", "train") not in SPLITS:
-                    problem = f"metadata line whose split is not {' or '.join(SPLITS)}"
+                    problem = f"metadata line whose split is not {', '.join(SPLITS)}"
                 else:
-                    target = beside(name, target)
+                    target, split = beside(name, target), record.get("split", default)
                     if target not in files:
                         problem = "metadata line that names a missing file"
+                    elif splits.get(target, split) != split:
+                        problem = "metadata line whose split contradicts an earlier one"
             if problem:
                 skipped[problem].append(f"{name}:{number}")
             else:
                 captions[target] += [t.strip() for t in texts if t.strip()]
-                if "split" in record:
-                    splits[target] = record["split"]
+                if split:
+                    splits[target] = split
     for name, file in files.items():
         stem, suffix = os.path.splitext(name)
         if suffix.lower() != ".txt":

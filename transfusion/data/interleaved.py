@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from transfusion.data.images import SPLITS, Size, beside, decode, held_out, list_files
+from transfusion.data.images import Size, beside, decode, held_out, list_files
 from transfusion.data.jsonl import read_jsonl
 from transfusion.data.report import Report
 
 DOCUMENTS = "documents.jsonl"
+SPLITS = ("train", "held_out")
 SCHEMA = (
     f'a folder with a {DOCUMENTS} of lines {{"segments": ["a text", {{"image": "beside/it.png"}}, '
     '{"text": "a text that is only read", "learn": false}]}'

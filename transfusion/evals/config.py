@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from transfusion.data.documents import Corpus
-
-SPLITS = ("train", "held_out_image", "held_out_combination")
+from transfusion.data.images import SPLITS
 
 
 @dataclass(frozen=True)

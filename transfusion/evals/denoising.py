@@ -1,7 +1,7 @@
 """The diffusion loss on a fixed grid of t with fixed noise, and how much of it the caption explains.
 
     <bos> caption [image at t] <eos>       loss.image_errors, mean over the images, for each t
-    <bos> caption [codes] <eos>            nats a code, where images are written as codes
+    <bos> caption [codes] <eos>            nats per code, where images are written as codes; named so, as no loss is
     conditioning gap = loss with the captions of other images - loss with the right ones, the noise being the same
 
 A model that does not read its caption has a gap of 0.
@@ -71,8 +71,10 @@ def evaluate_denoising(engine: Engine, corpus: Corpus, config: EvalConfig) -> It
         documents = [caption_then_image(corpus.special, text, image) for text, image in zip(texts, images)]
         right = errors(engine, documents, numbers, config)
         yield f"denoising/{split}/n", n
-        yield f"denoising/{split}/loss", float(right.mean())
-        if not engine.fmt.codes:
+        if engine.fmt.codes:
+            yield f"denoising/{split}/nats_per_code", float(right.mean())
+        else:
+            yield f"denoising/{split}/loss", float(right.mean())
             for t, of_images in zip(config.times, right):
                 yield f"denoising/{split}/t_{t:g}", float(of_images.mean())
         if n == 1:
@@ -81,9 +83,10 @@ def evaluate_denoising(engine: Engine, corpus: Corpus, config: EvalConfig) -> It
         documents = [caption_then_image(corpus.special, text, image) for text, image in zip(others, images)]
         shuffled = errors(engine, documents, numbers, config)
         low, high = normal((shuffled - right).mean(0).tolist())
-        yield f"conditioning/{split}/right", float(right.mean())
-        yield f"conditioning/{split}/shuffled", float(shuffled.mean())
-        yield f"conditioning/{split}/gap", float((shuffled - right).mean())
-        yield f"conditioning/{split}/gap_low", low
-        yield f"conditioning/{split}/gap_high", high
-        yield f"conditioning/{split}/ratio", float(shuffled.mean() / right.mean())
+        name = f"conditioning/{split}/{'nats_' if engine.fmt.codes else ''}"
+        yield f"{name}right", float(right.mean())
+        yield f"{name}shuffled", float(shuffled.mean())
+        yield f"{name}gap", float((shuffled - right).mean())
+        yield f"{name}gap_low", low
+        yield f"{name}gap_high", high
+        yield f"{name}ratio", float(shuffled.mean() / right.mean())

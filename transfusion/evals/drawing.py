@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from transfusion.data.documents import Corpus
-from transfusion.data.images import Size
-from transfusion.evals.config import SPLITS, EvalConfig, chosen
+from transfusion.data.images import SPLITS, Size
+from transfusion.evals.config import EvalConfig, chosen
 from transfusion.evals.features import efficientnet
 from transfusion.evals.frechet import frechet_distance
 from transfusion.evals.interval import wilson

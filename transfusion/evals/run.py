@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from transfusion.data.documents import Corpus
+from transfusion.data.images import SPLITS
 from transfusion.evals.captions import evaluate_captions
-from transfusion.evals.config import SPLITS, EvalConfig
+from transfusion.evals.config import EvalConfig
 from transfusion.evals.denoising import evaluate_denoising
 from transfusion.evals.drawing import evaluate_drawing
 from transfusion.evals.editing import evaluate_editing
@@ -47,6 +48,11 @@ LABELS = {
     "right": "loss, right captions",
     "shuffled": "loss, shuffled captions",
     "gap": "gap (shuffled - right)",
+    "nats_per_code": "nats per code",
+    "nats_right": "nats per code, right captions",
+    "nats_shuffled": "nats per code, shuffled captions",
+    "nats_gap": "gap (shuffled - right)",
+    "nats_ratio": "ratio (shuffled / right)",
     "ratio": "ratio (shuffled / right)",
     "pixel_top1": "top-1, pixels",
     "pixel_top5": "top-5, pixels",

@@ -4,8 +4,11 @@
     groups          [doc 1, doc 5]  [doc 0, doc 3]  [doc 2, doc 4]        each [D, n]: D documents of about n positions
 
 Documents are sorted by length and grouped, so that little of a group is filling; padding takes no part and comes out as
-0. In bf16 the products are written out: on the CPUs at hand they take a half to a quarter of the time of SDPA's kernel
-for documents of up to some hundred positions, forward and backward (docs/log.md).
+0. In bf16 the products are written out, which a CPU without AMX computes 1.5 to 4 times as fast as SDPA's kernel for
+documents of up to some hundred positions, forward and backward (docs/log.md, 2026-11-23).
+
+It rests on the first term of `allow`, that a document sees itself alone. Were that to change, the dense mask is the one
+to take (`row_mask` in model/transformer.py).
 """
 
 from dataclasses import dataclass
@@ -28,7 +31,8 @@ class VarlenMask:
     place: Tensor  # [B * L] of each position, its place among those of all groups; of padding, behind the last
     at: Tensor  # [T] the inverse: flat position of each place, B * L where it fills up
     groups: list[tuple[int, int]]  # (documents, positions of each) of the groups; T is the sum of their products
-    allowed: list[Tensor]  # of each group, bool [D, 1, n, n]
+    allowed: list[Tensor]  # of each group, bool [D, 1, n, n] ...
+    bias: list[Tensor]  # ... and bf16 [D, 1, n, n], 0 where allowed, -inf where not
 
 
 def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True) -> VarlenMask:
@@ -53,20 +57,21 @@ def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tr
         return F.pad(x.flatten(), (0, 1), value=value)
 
     document, image, hidden = filled(document, FILLING), filled(image, -1), filled(hidden, False)
-    at, groups, allowed = [start.new_zeros(0)], [], []
+    at, groups, masks = [start.new_zeros(0)], [], []
     for first, last in members:
         n = lengths[first]
         index = torch.arange(n, device=start.device)
         inside = index < length[first:last, None]
         here = torch.where(inside, start[first:last, None] + index, S)  # [D, n]
-        d, i, h = document[here], image[here], hidden[here]
-        q, k = ((x[:, None, :, None] for x in (d, i)), (x[:, None, None] for x in (d, i)))
-        allowed.append(allow(*q, index[:, None], *k, index[None], h[:, None, None], full))
+        d, im, h = document[here], image[here], hidden[here]
+        q, k = ((x[:, None, :, None] for x in (d, im)), (x[:, None, None] for x in (d, im)))
+        masks.append(allow(*q, index[:, None], *k, index[None], h[:, None, None], full))
         groups.append((last - first, n))
         at.append(here.flatten())
     at = torch.cat(at)
     place = at.new_full((S + 1,), len(at)).index_copy(0, at, torch.arange(len(at), device=at.device))[:S]
-    return VarlenMask(place, at, groups, allowed)
+    bias = [torch.zeros_like(m, dtype=torch.bfloat16).masked_fill_(~m, -torch.inf) for m in masks]
+    return VarlenMask(place, at, groups, masks, bias)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tensor:
@@ -82,20 +87,17 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tenso
         split = placed[:-1].split(sizes)
         return [part.unflatten(0, group).transpose(1, 2) for part, group in zip(split, mask.groups)]
 
-    outs = [attend(*qkv, allowed) for *qkv, allowed in zip(parts(q), parts(k), parts(v), mask.allowed)]
+    outs = [attend(*of_group) for of_group in zip(parts(q), parts(k), parts(v), mask.allowed, mask.bias)]
     out = torch.cat([q.new_zeros(0, H, q.shape[-1]), *(o.transpose(1, 2).flatten(0, 1) for o in outs)])  # [T, H, K]
     rows = out.new_zeros(B * L + 1, *out.shape[1:]).index_copy(0, mask.at, out)[:-1]
     return rows.unflatten(0, (B, L)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor) -> Tensor:
     """Attention [D, H, n, K] within the documents of a group."""
-    D, H, n, K = q.shape
+    n, K = q.shape[-2:]
     if q.dtype != torch.bfloat16 or n > WRITTEN_OUT:
         return F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
-    k, v = (x.repeat_interleave(H // x.shape[1], 1).flatten(0, 1) for x in (k, v))
-    bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-    bias = bias.expand(D, H, n, n).flatten(0, 1)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.transpose(1, 2), alpha=K**-0.5)
-        return torch.bmm(scores.softmax(-1), v).unflatten(0, (D, H))
+        return (q * K**-0.5 @ k.transpose(-1, -2)).add_(bias).softmax(-1) @ v
