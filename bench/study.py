@@ -4,11 +4,11 @@
     python bench/study.py bench/studies/paper.toml --table    # only the table
 
 A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, both only under the very
-settings that it had; runs may be split among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from its
-own FLOPs as they are packed (`count_packed` in transfusion/plan.py), so arms of unequal cost a step get unequal steps,
-and see unequal numbers of images. Arms are compared seed by seed: the mean difference to each arm that they are measured
-against, with the 95 % interval of Student's t. It covers what the seed decides in training, not the choice of what is
-evaluated.
+settings that it had; runs may be split among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from
+its own FLOPs as they are packed (`count_packed` in transfusion/plan.py), so arms of unequal cost a step get unequal
+steps, and see unequal numbers of images. Arms are compared seed by seed: the mean difference to each arm that they are
+measured against, with the 95 % interval of Student's t. It covers what the seed decides in training, not the choice of
+what is evaluated.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def overrides_of(study: Study, arm: str, seed: int) -> list[str]:
 
 
 def settings_of(study: Study, overrides: list[str]) -> dict:
-    """All that decides a run's line, as JSON keeps it: the whole config, what its base says too, and the evaluation's."""
+    """All that decides a run's line, as JSON keeps it: the config, base and overrides, and those of the evaluation."""
     config = to_dict(load_config(RunConfig, study.base, overrides))
     return json.loads(json.dumps({"config": config, "eval": study.eval}))
 

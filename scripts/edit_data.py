@@ -127,6 +127,8 @@ def icons(size: int, captions: bool) -> tuple[Images, Documents]:
 def named(size: int, shapes: int) -> tuple[Images, Documents]:
     """Shapes in every colour, each with a caption that names both; of each shape one colour is held out."""
     covers, images, documents = draw_icons(size), {}, []
+    if not 1 <= shapes <= len(covers):
+        raise SystemExit(f"--shapes {shapes}: there are {len(covers)}, give a number from 1 to that")
     for k, shape in enumerate(sorted(covers, key=lambda shape: order("icon", shape))[:shapes]):
         name, painted = in_colours(shape, covers[shape])
         images |= painted

@@ -12,6 +12,7 @@ from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import allow, block_mask, dense_mask
 from transfusion.model.rope import angles, rotate
 from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts, row_mask
+from transfusion.model.varlen import varlen_mask
 from transfusion.sequence import NONE, collate, lay_out
 
 TINY = {
@@ -91,10 +92,15 @@ def row(options, documents=DOCUMENTS, padding=2):
     return b, torch.randn(b.patches.shape, generator=generator), torch.rand(len(b.grids), generator=generator)
 
 
+def layout_of(model, b):
+    """What a mask is built from."""
+    return b.document, b.image, b.hidden, not model.config.causal_images
+
+
 @torch.no_grad()
-def outputs(model, b, z, t):
+def outputs(model, b, z, t, build=None):
     """(logits [B * L, V], predictions [B * L, P]): an output at every position, zero where the model has none."""
-    mask = row_mask(b, model)
+    mask = build(*layout_of(model, b)) if build else row_mask(b, model)
     every = torch.arange(b.tokens.numel())
     logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, every)
     return logits, torch.zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
@@ -190,13 +196,14 @@ def test_a_post_norm_layer_is_the_one_written_out():
 
 
 @options
-def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options):
+@pytest.mark.parametrize("build", [dense_mask, varlen_mask])
+def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options, build):
     model = random_model(**options)
     b, z, t = row(options)
-    sees = dense_mask(b.document, b.image, b.hidden, not model.config.causal_images)[0, 0]
-    real = b.document[0] >= 0
-    sees &= real | torch.eye(len(real), dtype=torch.bool)  # padding takes no part in attention
-    before = outputs(model, b, z, t)
+    sees = dense_mask(*layout_of(model, b))[0, 0]
+    if build is varlen_mask:  # padding takes no part in attention
+        sees &= (b.document[0] >= 0) | torch.eye(len(sees), dtype=torch.bool)
+    before = outputs(model, b, z, t, build)
     patch_of = {at: n for n, at in enumerate(b.patch_at.tolist())}
     for i in range(b.tokens.shape[1]):
         tokens, other = b.tokens.clone(), z.clone()
@@ -204,7 +211,7 @@ def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options
             other[patch_of[i]] += 1
         else:
             tokens[0, i] = tokens[0, i] % (VOCAB - 1) + 1
-        after = outputs(model, replace(b, tokens=tokens), other, t)
+        after = outputs(model, replace(b, tokens=tokens), other, t, build)
         assert torch.equal(changed(before, after), sees[:, i]), f"position {i}"
 
 
@@ -394,6 +401,28 @@ def test_heads_compute_only_what_is_asked_for():
     assert asked.shape == (b.n_targets, VOCAB) and patches.shape == z.shape
     torch.testing.assert_close(asked, logits[b.text_at], rtol=1e-6, atol=1e-6)
     assert torch.equal(patches, p[b.patch_at])
+
+
+@options
+def test_attention_by_documents_gives_the_loss_and_gradients_of_the_dense_mask(options):
+    model = random_model(**options)
+    b, z, t = row(options)
+
+    def loss_and_gradients(build, bf16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            mask = build(*layout_of(model, b))
+            logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
+        loss = torch.nn.functional.cross_entropy(logits.float(), b.target) + (p.float() - z).square().mean()
+        loss.backward()
+        return [loss.detach()] + [w.grad.clone() for w in model.parameters() if w.grad is not None]
+
+    exact = loss_and_gradients(dense_mask, False)
+    for a, e in zip(loss_and_gradients(varlen_mask, False), exact, strict=True):
+        assert (a - e).norm() <= 1e-4 * e.norm() + 1e-6
+    dense, varlen = (loss_and_gradients(build, True) for build in (dense_mask, varlen_mask))
+    sizes = [sum((a - e).norm() / (e.norm() + 1e-6) for a, e in zip(x, exact, strict=True)) for x in (dense, varlen)]
+    assert sizes[1] < 2 * sizes[0], "in bf16, beside what the rest of the model rounds"
 
 
 @pytest.mark.gpu

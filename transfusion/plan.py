@@ -102,7 +102,7 @@ def count_packed(config: RunConfig, micro: list[Batch]) -> float:
     total = 0.0
     for batch in micro:
         seen = dense_mask(batch.document, batch.image, batch.hidden, not config.model.causal_images)[:, 0]
-        pairs = (seen & (batch.document >= 0)[:, None]).sum().item()  # padding sees padding, for nothing
+        pairs = (seen & (batch.document >= 0)[:, None]).sum().item()  # what padding sees counts for nothing
         of_layers, _ = patch_layers(config.model, batch.grids) if batch.grids else ({}, 0)
         counts = (batch.tokens.numel(), len(batch.patch_at), batch.n_targets, pairs)
         total += sum(flops_by_part(config, *counts, of_layers).values())
@@ -116,7 +116,10 @@ def count_6nd(config: RunConfig) -> float:
 
 
 def estimate_memory(config: RunConfig) -> dict[str, float]:
-    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits."""
+    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits.
+
+    On a CPU in bf16 attention's scores come on top: 2 bytes for each pair of a document's positions, head and layer.
+    """
     m, c = config.model, config.train
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)

@@ -262,7 +262,7 @@ def first_fit(lengths: Iterable[int], rows: int, seq_len: int) -> tuple[list[lis
 
 
 def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
-    """The batch of packed rows; positions behind a row's last document are padding and see only padding."""
+    """The batch of packed rows; positions behind a row's last document are padding, which sees padding at most."""
     B, L = len(rows), seq_len
     tokens = np.full((B, L), fmt.special.pad, np.int64)
     document, image = np.full((B, L), NONE, np.int32), np.full((B, L), NONE, np.int32)

@@ -4,9 +4,9 @@
     folder/a/cat.txt         beside a/cat.png: one caption a line
 
 Every image takes one of a few sizes, (height, width) in pixels: the one whose aspect ratio is closest to its own.
-Held-out images never enter training. A line of metadata.jsonl may say the "split" of its image, one of SPLITS; in a file
-where some line does, a line without is train. Of all other images of a folder about 2 % are held out by a hash of the
-file name. In the shipped file all is fixed.
+Held-out images never enter training. A line of metadata.jsonl may say the "split" of its image, one of SPLITS; in a
+file where some line does, a line without is train. Of all other images of a folder about 2 % are held out by a hash of
+the file name. In the shipped file all is fixed.
 """
 
 import hashlib

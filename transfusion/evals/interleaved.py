@@ -1,6 +1,6 @@
 """How well the texts of documents with images anywhere are predicted, the images before them being clean.
 
-    <bos> text [image, clean] text [image, clean] ... <eos>      nats per token of the texts that are learned
+    <bos> text [image, clean] text [image, clean] ... <eos>      nats per token of the texts that are learned, and <eos>
 
 What their images would be drawn like: evals/editing.py, where a document ends with one.
 """

@@ -14,7 +14,8 @@ their own image sees them. Without `full`, patches are causal too (the paper's a
 
 `allow` is the only definition. SDPA reads it as a boolean tensor, FlexAttention as a function of indices, and the block
 mask that tells Flex which tiles to skip follows from the layout in closed form: documents and images are contiguous, so
-each position sees one interval of its row, less what is hidden in it.
+each position sees one interval of its row, less what is hidden in it. Attention by documents (varlen.py) reads it for
+one document at a time, as it may while the first term stands.
 """
 
 import torch

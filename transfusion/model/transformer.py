@@ -332,8 +332,8 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
 def row_mask(batch: Batch, model: Transfusion) -> Mask:
     """The mask of a batch: FlexAttention's tiles for compiled blocks on CUDA, documents apart on a CPU."""
     on = batch.tokens.device.type
-    if model.compiled:  # shapes must not change; uncompiled, Flex writes out all scores: ten times slower than SDPA
+    if model.compiled:  # shapes must not change
         build = masks.block_mask if on == "cuda" else masks.dense_mask
-    else:
+    else:  # Flex would write out all scores: ten times slower than SDPA
         build = varlen_mask if on == "cpu" else masks.dense_mask
     return build(batch.document, batch.image, batch.hidden, not model.config.causal_images)

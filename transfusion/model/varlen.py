@@ -5,7 +5,8 @@
 
 Documents are sorted by length and grouped, so that little of a group is filling; padding takes no part and comes out as
 0. In bf16 the products are written out, which a CPU without AMX computes 1.5 to 4 times as fast as SDPA's kernel for
-documents of up to some hundred positions, forward and backward (docs/log.md, 2026-11-23).
+documents of up to some hundred positions, forward and backward (docs/log.md, 2026-11-23). Scores are then rounded to
+bf16, as in eager attention; SDPA keeps them in float32.
 
 It rests on the first term of `allow`, that a document sees itself alone. Were that to change, the dense mask is the one
 to take (`row_mask` in model/transformer.py).
