@@ -18,9 +18,9 @@ from transfusion.diffusion.schedule import cosine
 from transfusion.evals import drawing
 from transfusion.evals.captions import evaluate_captions
 from transfusion.evals.denoising import denoising_errors, derangement, evaluate_denoising, fixed_noise
+from transfusion.evals.documents import evaluate_documents
 from transfusion.evals.drawing import carriers, chance, evaluate_drawing, ranks, squared_distances
 from transfusion.evals.features import efficientnet
-from transfusion.evals.interleaved import evaluate_documents
 from transfusion.evals.interval import normal, wilson
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.evals.text import evaluate_text, windows

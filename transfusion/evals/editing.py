@@ -14,7 +14,7 @@ import numpy as np
 from transfusion.data.documents import Corpus, Document, Placed
 from transfusion.evals.colour import PALETTE, colour_of, overlap
 from transfusion.evals.config import EvalConfig
-from transfusion.evals.interleaved import by_split, some_of
+from transfusion.evals.documents import by_split, some_of
 from transfusion.evals.interval import normal, wilson
 from transfusion.generate import Engine
 from transfusion.sequence import Text

@@ -12,9 +12,9 @@ from transfusion.data.images import SPLITS
 from transfusion.evals.captions import evaluate_captions
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.denoising import evaluate_denoising
+from transfusion.evals.documents import evaluate_documents
 from transfusion.evals.drawing import evaluate_drawing
 from transfusion.evals.editing import evaluate_editing
-from transfusion.evals.interleaved import evaluate_documents
 from transfusion.evals.text import evaluate_text
 from transfusion.generate import Engine
 
