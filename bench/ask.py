@@ -22,18 +22,12 @@ from statistics import median, quantiles
 
 from content import Case
 from machine import ROOT, commit, hardware
-from questions import PEER, QUESTIONS, Arm, Question
+from questions import MAKE_PEER, PEER, QUESTIONS, Arm, Question
 
 from transfusion.config import override
 
-HOW_PEER = """\
-transfusion-pytorch is measured in a virtual environment of its own, which these commands make:
-    python -m venv PEER
-    PEER/bin/pip install torch==2.13.0
-    PEER/bin/pip install --no-deps transfusion-pytorch==0.20.0 axial-positional-embedding beartype einops einx \\
-        frozendict jaxtyping wadler-lindig loguru numpy tqdm torchdiffeq scipy ema-pytorch rotary-embedding-torch \\
-        torch-einops-utils
-Then: python bench/ask.py ... --peer-python PEER/bin/python"""
+NO_PEER = f"""Its Python is to be named by --peer-python PEER/bin/python, and made by
+{MAKE_PEER}"""
 
 
 class Worker:
@@ -142,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer-python", default="", help="the Python of an environment with transfusion-pytorch")
     parser.add_argument("--repeat", type=int, default=11, help="rounds besides the first")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
-    parser.add_argument("--out", type=Path, help="file of results, which grows; otherwise bench/results/DATE-QUESTION.jsonl")
+    parser.add_argument(
+        "--out", type=Path, help="file of results, which grows; otherwise bench/results/DATE-QUESTION.jsonl"
+    )
     args = parser.parse_intermixed_args(argv)
     asked = [w for w in args.what if "=" not in w]
     until = time.monotonic() + 60 * args.minutes
@@ -167,7 +163,7 @@ def ask(name: str, question: Question, cases: list[Case], peer: str, rounds: int
     pythons = {"own": sys.executable, PEER: peer}
     arms = {arm: a for arm, a in question.arms.items() if pythons[a.python]}
     if left_out := sorted(set(question.arms) - set(arms)):
-        print(f"{name}: not measured: {', '.join(left_out)}. {HOW_PEER}", file=sys.stderr)
+        print(f"{name}: not measured: {', '.join(left_out)}. {NO_PEER}", file=sys.stderr)
     about = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware()}
     out.parent.mkdir(parents=True, exist_ok=True)
     for i, case in enumerate(cases):

@@ -1,6 +1,6 @@
 """Attention alone, three ways to the same mask: dense (SDPA reads a boolean tensor), documents (varlen.py), flex.
 
-    q, k, v [rows, heads, L, K] of the case's layout -> mask, forward, backward     (Flex has no backward on a CPU)
+q, k, v [rows, heads, L, K] of the case's layout -> mask, forward, backward     (Flex has no backward on a CPU)
 """
 
 import torch

@@ -67,7 +67,7 @@ def batch_of(case: Case, rows: list[list[Document]]) -> Batch:
     longest = max(sum(map(len, row)) for row in laid)
     if longest > (case.seq_len or longest):
         raise ValueError(f"a row takes {longest} positions, more than seq_len = {case.seq_len}: raise it")
-    tile = FLEX_TILE if case.compile or case.way == "flex" else 1
+    tile = FLEX_TILE if case.compile or case.way.startswith("flex") else 1
     return collate(laid, case.seq_len or -(-longest // tile) * tile, fmt)
 
 

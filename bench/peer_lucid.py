@@ -106,10 +106,9 @@ def writing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
             if not case.image_in_prompt:
                 tokens = torch.stack([prompt[0] for prompt in given])
                 written = model.generate_text_only(tokens, case.prompt + case.new)
-            else:
+            else:  # it stops at one token more than max_length
                 mixed = [[text, (0, image)] for text, image in given]
-                written = model.sample_many(mixed, max_length=case.new - 1, cfg_scale=1.0, return_without_prompt=True)
-        counts = [sum(p.numel() for p in ([w] if torch.is_tensor(w) else w) if torch.is_tensor(p)) for w in written]
-        assert all(n >= case.new for n in counts), f"{counts} tokens instead of {case.new}"
+                written = [s[-1][1:] for s in model.sample_many(mixed, max_length=case.new - 1, cfg_scale=1.0)]
+        assert [len(tokens) for tokens in written] == [case.new] * case.batch
 
     return repeat, facts(model, tokens=case.batch * case.new)

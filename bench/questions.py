@@ -11,11 +11,16 @@ from typing import Any
 from content import Case
 
 OWN, PEER = "own", "peer"
+MAKE_PEER = """\
+python -m venv PEER
+PEER/bin/pip install torch==2.13.0
+PEER/bin/pip install --no-deps transfusion-pytorch==0.20.0 axial-positional-embedding beartype einops einx frozendict \\
+    jaxtyping wadler-lindig loguru numpy tqdm torchdiffeq scipy ema-pytorch rotary-embedding-torch torch-einops-utils"""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One who answers; `change` are fields of the case that are its own."""
+    """One who answers; `change` has the fields of the case that are its own."""
 
     answer: str
     python: str = OWN
@@ -24,7 +29,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """`says` heads its table; `against` is the arm that the others are divided by."""
+    """`says` heads its table; ratios are to the first of the arms."""
 
     says: str
     arms: dict[str, Arm]
@@ -138,7 +143,9 @@ QUESTIONS = {
         [replace(Case(rows=1), dim=dim, heads=dim // 64) for dim in (128, 256, 512, 1024)],
     ),
     "growth-images": of_growth(
-        "the number of images in a document of 1024 positions", "images", [with_images(1024, n) for n in (1, 2, 4, 8, 15)]
+        "the number of images in a document of 1024 positions",
+        "images",
+        [with_images(1024, n) for n in (1, 2, 4, 8, 15)],
     ),
     "flops": Question(
         "The paper's 0.16B model: one row of 4096 packed from documents of about 290 positions",
