@@ -109,7 +109,7 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
     try:
         for name, arm in arms.items():
             workers[name] = Worker(pythons[arm.python], arm, replace(case, **arm.change))
-            hellos[name] = attempt(name, workers[name].reply)  # one after the other: each measures a peak
+            hellos[name] = attempt(name, workers[name].reply)
         for r in range(rounds + 1):
             names = [name for name in arms if name not in errors]
             for name in names[r % max(1, len(names)) :] + names[: r % max(1, len(names))]:
@@ -122,7 +122,8 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
             line = {"arm": name, "answer": arm.answer, "case": asdict(replace(case, **arm.change))}
             memory = None if name in errors else attempt(name, lambda name=name: workers[name].ask(end=True))
             if name in errors:
-                yield line | {"error": errors[name]}
+                device = (hellos[name] or {}).get("device", case.device)
+                yield line | {"error": errors[name], "device": device}
             else:
                 yield line | hellos[name] | summary(replies[name]) | memory
     finally:

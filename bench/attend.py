@@ -17,13 +17,15 @@ WAYS = {  # name -> (mask of a layout, attention under it)
     "dense": (dense_mask, F.scaled_dot_product_attention),
     "documents": (varlen_mask, varlen_attention),
     "flex": (block_mask, lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask)),
-    "flex, compiled": (block_mask, torch.compile(lambda q, k, v, m: flex_attention(q, k, v, block_mask=m))),
 }
+WAYS["flex, compiled"] = WAYS["flex"]
 
 
 def attention(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """Mask, forward and backward of one layer's attention."""
     build, attend = WAYS[case.way]
+    if case.way == "flex, compiled":
+        attend = torch.compile(attend)
     backward = case.device == "cuda" or not case.way.startswith("flex")
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     batch = batch_of(case, content(case, 0)).to(case.device)
@@ -42,10 +44,7 @@ def attention(case: Case, clock: Clock) -> tuple[Repeat, dict]:
             with clock("backward"):
                 torch.autograd.grad(out, qkv, g)
 
-    pairs = (dense_mask(*layout)[:, 0] & (batch.document >= 0)[:, None]).sum().item()
-    return repeat, {"units": {"positions": case.rows * case.positions}, "pairs": pairs, "image_share": share(case)}
+    def pairs() -> int:
+        return (dense_mask(*layout)[:, 0] & (batch.document >= 0)[:, None]).sum().item()
 
-
-def share(case: Case) -> float:
-    """Of the positions, how many are patches."""
-    return case.documents * case.images * case.patches / case.positions
+    return repeat, {"units": {"positions": case.rows * case.positions}, "pairs": pairs}

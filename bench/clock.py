@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 SMALL = 512  # side of the calibration's matrices
+COPIED = 1 << 28  # bytes
 
 
 def now() -> tuple[float, float]:
@@ -91,6 +92,19 @@ def peak_flops(sizes: tuple[int, ...], precision: str, device: str) -> float:
     """FLOP a second of the best product: what a step is measured against."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return max(product(n, dtype, device, 20 if device == "cuda" else 3) for n in sizes)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of the fastest of some copies that fit into no cache."""
+    a, seconds = torch.zeros(COPIED // 4, device=device), []
+    b = torch.empty_like(a)
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        b.copy_(a)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * COPIED / min(seconds[1:])  # the first is warm-up
 
 
 def memory(device: str) -> int:

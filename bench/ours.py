@@ -94,12 +94,12 @@ def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
             for optimizer in optimizers:
                 optimizer.step()
 
-    batch = batch_of(case, content(case, 0))
+    images = case.rows * case.documents * case.images
     return repeat, {
-        "units": {"positions": case.rows * case.positions, "images": len(batch.grids)},
+        "units": {"positions": case.rows * case.positions} | ({"images": images} if images else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": count_packed(config, [batch]),
-        "peak": peak_flops(case.peak, case.precision, case.device),
+        "flops": lambda: count_packed(config, [batch_of(case, content(case, 0))]),
+        "peak": lambda: peak_flops(case.peak, case.precision, case.device),
     }
 
 

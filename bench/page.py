@@ -49,11 +49,14 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
   its rows within the time. bf16 is autocast; each has the optimizer that it would have: fused AdamW here and for Llama,
   torch's default AdamW for transfusion-pytorch. Parts: data, forward, backward (ours: with the gradients' norm),
   optimizer. Positions and images are those of the content.
-- Memory is the most that the process held (VmHWM), on a GPU what torch allocated; libraries included.
+- Memory is the most that the process held (VmHWM), on a GPU what torch allocated; libraries included; "above imports"
+  without what importing them had taken.
 - "calm" is the slowest of the small products that bracket each repetition, over their median: far below 1, the machine
   was doing something else, and the wall seconds are not to be trusted.
 - MFU: FLOPs of the step by the area that its mask allows (`count_packed` in `transfusion/plan.py`), a second, over the
-  best product of square matrices in the same process, just before.
+  best product of square matrices in the same process, just after.
+- Where the time goes: seconds are the profiler's, "least s" what FLOPs over the peak or bytes over the bandwidth of a
+  large copy take, whichever is more, and "reached" the one over the other (`bench/operators.py`).
 - Drawing and writing on a CPU: `Engine` computes in fp32 there; bf16 is measured beside it for both.
 """
 
@@ -109,7 +112,9 @@ def cells(line: dict, first: dict) -> dict[str, str]:
     if "flops" in facts:
         row["GFLOP"] = number(facts["flops"] / 1e9)
         row["MFU"] = f"{facts['flops'] / wall['median'] / facts['peak']:.1%}"
-    row["GiB"] = f"{memory['peak'] / 2**30:.2f}"
+    if "starts" not in facts["units"]:  # the memory of a process that waits for another one says nothing
+        row["GiB"] = f"{memory['peak'] / 2**30:.2f}"
+        row["above imports"] = f"{(memory['peak'] - memory['imported']) / 2**30:.2f}"
     if "parameters" in facts:
         row["M par."] = f"{facts['parameters'] / 1e6:.1f}"
     calm = line["calibration"]["worst"] / line["calibration"]["median"]
@@ -177,24 +182,21 @@ def growth(question: Question, lines: list[dict]) -> Iterator[str]:
 
 
 def roofline(lines: list[dict]) -> Iterator[str]:
-    """Seconds by class of operator, and what share of the peak each attains."""
+    """Seconds by class of operator, and the least that the machine's two limits allow."""
     for line in lines:
-        classes = {} if "error" in line else line["numbers"]
-        if not classes:
+        if "error" in line or not line["numbers"]:
             continue
-        total, flops, peak = sum(classes.values()), line["facts"]["flops_by_class"], line["facts"]["peak"]
-        yield from [
-            "",
-            f"Where the time goes, {line['case']['threads']} threads (peak {number(peak / 1e9)} GFLOP/s):",
-            "",
-        ]
+        facts, seconds = line["facts"], line["numbers"]
+        peak, bandwidth, work = facts["peak"], facts["bandwidth"], facts["work"]
+        limits = f"{number(peak / 1e9)} GFLOP/s, {number(bandwidth / 1e9)} GB/s"
+        yield from ["", f"Where the time goes, threads: {line['case']['threads']} (limits: {limits}):", ""]
         rows = []
-        for name, seconds in sorted(classes.items(), key=lambda item: -item[1]):
-            rows.append(
-                {"class": name, "s": number(seconds), "share": f"{seconds / total:.1%}", "GFLOP": "", "of the peak": ""}
-            )
-            if flops.get(name) and seconds:
-                rows[-1] |= {"GFLOP": number(flops[name] / 1e9), "of the peak": f"{flops[name] / seconds / peak:.1%}"}
+        for name, s in sorted(seconds.items(), key=lambda item: -item[1]):
+            flops, moved = work["flops"][name], work["bytes"][name]
+            least = max(flops / peak, moved / bandwidth)
+            row = {"class": name, "s": number(s), "share": f"{s / sum(seconds.values()):.1%}"}
+            row |= {"GFLOP": number(flops / 1e9), "GB": number(moved / 1e9), "least s": number(least)}
+            rows.append(row | {"reached": f"{least / s:.0%}" if s else ""})
         yield from table(rows)
 
 

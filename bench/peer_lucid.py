@@ -66,7 +66,7 @@ def training(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
             optimizer.zero_grad()
 
     images = case.rows * case.documents * case.images
-    return repeat, facts(model, positions=case.rows * case.positions, images=images)
+    return repeat, facts(model, positions=case.rows * case.positions, **({"images": images} if images else {}))
 
 
 def drawing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
@@ -79,7 +79,7 @@ def drawing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
         with clock("draw"), autocast(case), torch.no_grad():
             drawn = model.sample_many(
                 given,
-                max_length=case.prompt,
+                max_length=0,  # it ends with the first image
                 modality_steps=case.steps + 1,  # times, one more than steps
                 cfg_scale=case.guidance,
                 force_modality_at_start=(0, shape),

@@ -61,7 +61,7 @@ TRAINERS = {"ours": Arm("ours.training"), "transfusion-pytorch": Arm("peer_lucid
 TEXT = Case(images=0, text_tokens=987)
 PACKED = Case(rows=1, images=2, text_tokens=128)  # documents of 256 positions of content
 PAPER = Case(documents=8, images=1, side=16, patch_size=2, text_tokens=252, vocab=31994, seq_len=4096)
-H100 = replace(PAPER, device="cuda", compile=True, threads=8)
+H100 = replace(PAPER, device="cuda", compile=True, threads=8, peak=(4096, 8192))
 SMALL, LARGE = "configs/paper-0.76b-linear.toml", "configs/paper-1.4b-linear.toml"
 
 AXES = {  # what time and memory are drawn against: (its name, x of a line)

@@ -1,11 +1,12 @@
 """One implementation in a process of its own, which stays and answers over a pipe, a JSON line each way.
 
-    {"case": {...}, "answer": "ours.training"}   ->  {"facts": {...}, "versions": {...}, "memory": {...}}
+    {"case": {...}, "answer": "ours.training"}   ->  {"versions": {...}, "device": "cpu"}
     {"repeat": 3}                                ->  {"parts": {"forward": [wall, cpu]}, "numbers": {}, "calibration": }
-    {"end": true}                                ->  {"memory": {...}}
+    {"end": true}                                ->  {"memory": {...}, "facts": {...}}
 
 An answer is a function (case, clock) -> (repeat, facts): `repeat(i)` computes repetition i inside of the clock's parts
-and may return numbers of its own, `facts` say how much that is ("units") and whatever does not change.
+and may return numbers of its own, `facts` say how much that is ("units") and whatever does not change. A fact may be a
+function: it is called at the end, when memory has been read that finding it would add to.
 """
 
 import importlib
@@ -41,8 +42,7 @@ def main() -> int:
     repeat, facts = answer(case, clock)
     held["built"] = memory(case.device)
     device = torch.cuda.get_device_name() if case.device == "cuda" else "cpu"
-    reply = {"facts": facts, "versions": versions(), "memory": held, "device": device}
-    print(json.dumps(reply), file=replies, flush=True)
+    print(json.dumps({"versions": versions(), "device": device}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "repeat" not in asked:
@@ -52,7 +52,9 @@ def main() -> int:
         calibration = min(before, calibrate())
         done = {"parts": clock.take(), "numbers": numbers, "calibration": calibration}
         print(json.dumps(done), file=replies, flush=True)
-    print(json.dumps({"memory": {**held, "peak": memory(case.device)}}), file=replies, flush=True)
+    held["peak"] = memory(case.device)
+    found = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+    print(json.dumps({"memory": held, "facts": found}), file=replies, flush=True)
     return 0
 
 
