@@ -119,7 +119,7 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
             if r >= 3 and time.monotonic() > until:
                 break
         for name, arm in arms.items():
-            line = {"arm": name, "answer": arm.answer, "case": asdict(replace(case, **arm.change))}
+            line = {"arm": name, "answer": arm.answer, "case": asdict(case), "change": arm.change}
             memory = None if name in errors else attempt(name, lambda name=name: workers[name].ask(end=True))
             if name in errors:
                 device = (hellos[name] or {}).get("device", case.device)

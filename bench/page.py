@@ -16,7 +16,7 @@ from content import Case
 from questions import AXES, MAKE_PEER, QUESTIONS, Question
 
 BENCH = Path(__file__).resolve().parent
-HIDDEN = ("way", "peak", "device", "compile", "heads")  # fields of a case that no column shows
+HIDDEN = ("peak", "device", "compile", "heads")  # fields of a case that no column shows
 FITTED = 2  # points that make a fit
 
 HEAD = """\
@@ -49,6 +49,9 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
   its rows within the time. bf16 is autocast; each has the optimizer that it would have: fused AdamW here and for Llama,
   torch's default AdamW for transfusion-pytorch. Parts: data, forward, backward (ours: with the gradients' norm),
   optimizer. Positions and images are those of the content.
+- At the same width, depth and heads the implementations differ in parameters ("M par."): "ours, 24 layers" has about
+  as many as transfusion-pytorch with 8. That package tries its ways to process a batch and keeps the fastest for
+  batches of as many tokens; all rounds have as many, so it tries in the warm-up alone.
 - Memory is the most that the process held (VmHWM), on a GPU what torch allocated; libraries included; "above imports"
   without what importing them had taken.
 - "calm" is the slowest of the small products that bracket each repetition, over their median: far below 1, the machine
@@ -68,25 +71,21 @@ def read(files: Iterable[Path]) -> list[dict]:
 
 
 def key(line: dict) -> str:
-    return json.dumps([line["question"], line["arm"], line["case"], line["hardware"], line.get("device")])
+    """What makes a line another measurement, and not the same one again."""
+    return json.dumps([line[part] for part in ("question", "arm", "case", "change", "hardware", "device")])
 
 
 def hardware_of(line: dict) -> str:
     """The machine of a line, in words."""
     h = line["hardware"]
     flags = f", {', '.join(h['flags'])}" if h["flags"] else ""
-    device = "" if line.get("device", "cpu") == "cpu" else f"{line['device']}; "
+    device = "" if line["device"] == "cpu" else f"{line['device']}; "
     return f"{device}{h['processor']}, {h['cores']} cores, {h['gib']} GiB{flags}"
 
 
 def varying(lines: list[dict]) -> list[str]:
     """The fields of the case in which the lines differ."""
     return [f for f in asdict(Case()) if f not in HIDDEN and len({json.dumps(x["case"][f]) for x in lines}) > 1]
-
-
-def same_case(line: dict) -> str:
-    """What the lines of one case have in common, whatever their arms change."""
-    return json.dumps({f: v for f, v in line["case"].items() if f != "way"})
 
 
 def number(value: float | None) -> str:
@@ -133,11 +132,11 @@ def table(rows: list[dict[str, str]]) -> Iterator[str]:
 def results(question: Question, lines: list[dict]) -> Iterator[str]:
     """The table of one question on one machine."""
     fields, rows = varying(lines), []
-    first = {same_case(x): x for x in reversed(lines) if x["arm"] == next(iter(question.arms))}
+    first = {json.dumps(x["case"]): x for x in reversed(lines) if x["arm"] == next(iter(question.arms))}
     missing = {"error": "not measured"}
     for line in sorted(lines, key=lambda x: ([x["case"][f] for f in fields], list(question.arms).index(x["arm"]))):
         case = {f: str(line["case"][f]) for f in fields}
-        rows.append(case | {"arm": line["arm"]} | cells(line, first.get(same_case(line), missing)))
+        rows.append(case | {"arm": line["arm"]} | cells(line, first.get(json.dumps(line["case"]), missing)))
     yield from table(rows)
 
 

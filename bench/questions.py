@@ -57,6 +57,11 @@ def of_growth(says: str, axis: str, cases: Iterator[Case] | list[Case]) -> Quest
     return Question(f"Growth: a training step against {says}", TRAINERS, tuple(cases), axis)
 
 
+def as_large(answer: str) -> dict[str, Arm]:
+    """Ours with about as many parameters as transfusion-pytorch has in 8 layers of the same width."""
+    return {"ours, 24 layers": Arm(f"ours.{answer}", change={"depth": 24})}
+
+
 TRAINERS = {"ours": Arm("ours.training"), "transfusion-pytorch": Arm("peer_lucid.training", PEER)}
 TEXT = Case(images=0, text_tokens=987)
 PACKED = Case(rows=1, images=2, text_tokens=128)  # documents of 256 positions of content
@@ -74,7 +79,7 @@ AXES = {  # what time and memory are drawn against: (its name, x of a line)
 QUESTIONS = {
     "training": Question(
         "A training step: text and images, rows of 987 positions of content, 6 images of 64 patches each",
-        TRAINERS,
+        TRAINERS | as_large("training"),
         sized(*grid(Case(), threads=(1, 2))),
     ),
     "text": Question(
@@ -97,7 +102,7 @@ QUESTIONS = {
     ),
     "drawing": Question(
         "Drawing: 64 patches by 50 steps of Euler's method behind 16 tokens, batched and cached",
-        {"ours": Arm("ours.drawing"), "transfusion-pytorch": Arm("peer_lucid.drawing", PEER)},
+        {"ours": Arm("ours.drawing"), "transfusion-pytorch": Arm("peer_lucid.drawing", PEER), **as_large("drawing")},
         sized(*grid(Case(threads=2), precision=("bf16", "fp32"), batch=(1, 4, 16), guidance=(1.0, 3.0))),
     ),
     "writing": Question(
@@ -106,12 +111,13 @@ QUESTIONS = {
             "ours": Arm("ours.writing"),
             "transfusion-pytorch": Arm("peer_lucid.writing", PEER),
             "transformers Llama": Arm("peer_llama.writing"),
+            **as_large("writing"),
         },
         sized(*grid(replace(TEXT, threads=2), precision=("bf16", "fp32"), batch=(1, 4, 16))),
     ),
     "captioning": Question(
         "Writing: 64 tokens behind 16 and an image, batched and cached",
-        {"ours": Arm("ours.writing"), "transfusion-pytorch": Arm("peer_lucid.writing", PEER)},
+        {"ours": Arm("ours.writing"), "transfusion-pytorch": Arm("peer_lucid.writing", PEER), **as_large("writing")},
         sized(*grid(Case(threads=2, image_in_prompt=True), precision=("bf16", "fp32"), batch=(1, 4, 16))),
     ),
     "starting": Question(

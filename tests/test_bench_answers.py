@@ -200,12 +200,16 @@ def test_the_peer_answers_with_the_same_units(tmp_path):
         "                ('writing', case), ('writing', replace(case, image_in_prompt=True))):\n"
         "    repeat, facts = getattr(peer_lucid, name)(c, clock); repeat(1)\n"
         "    print(list(clock.take()), facts['units'])\n"
+        "print(sum(p.numel() for p in peer_lucid.build(Case()).parameters()))\n"
     )
     bench = str(ours.ROOT / "bench")
     done = subprocess.run([PEER, "-W", "ignore", "-c", code], cwd=bench, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps = "['data', 'forward', 'backward', 'optimizer']"
-    assert done.stdout.splitlines() == [
+    *said, parameters = done.stdout.splitlines()
+    deep = build_model(ours.config_of(replace(Case(), **QUESTIONS["training"].arms["ours, 24 layers"].change)).model)
+    assert int(parameters) == pytest.approx(sum(p.numel() for p in deep.parameters()), rel=0.01)
+    assert said == [
         f"{steps} {{'positions': 58, 'images': 4}}",
         f"{steps} {{'positions': 42}}",
         "['draw'] {'images': 2}",

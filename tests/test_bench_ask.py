@@ -60,7 +60,7 @@ def test_a_line_has_medians_and_quartiles_without_the_first_round(fake):
     assert a["n"] == 5 and a["wall"] == {"q25": 3.0, "median": 4.0, "q75": 5.0} and a["cpu"]["median"] == 7.0
     assert a["parts"] == {"x": {"wall": 3.0, "cpu": 6.0}, "y": {"wall": 1.0, "cpu": 1.0}} and a["numbers"] == {"z": 3}
     assert a["calibration"] == {"median": 7.0, "worst": 5.0}
-    assert Case(**a["case"]) == TINY and c["case"]["way"] == "other"
+    assert Case(**a["case"]) == Case(**c["case"]) == TINY and c["change"] == {"way": "other"}
 
 
 def test_an_arm_that_fails_has_a_line_that_says_how_and_the_others_go_on(fake, monkeypatch):
