@@ -206,7 +206,7 @@ def page(lines: list[dict]) -> str:
     """The whole page as Markdown."""
     commands = [f"python bench/ask.py {name} --peer-python PEER/bin/python" for name in QUESTIONS if "gpu" not in name]
     commands += [
-        "python bench/ask.py gpu gpu-drawing --minutes 8      # on a machine with a GPU",
+        "python bench/ask.py gpu gpu-drawing --minutes 7      # on a machine with a GPU",
         "python bench/page.py",
     ]
     out = [HEAD.format(commands="\n".join(commands), peer=MAKE_PEER)]
