@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from machine import commit
+
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
@@ -33,7 +35,6 @@ from transfusion.data.loader import Packer
 from transfusion.plan import count_6nd, count_packed
 from transfusion.run import RunConfig, format_of, load_own_tokenizer, resolve
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNTED = 8  # steps whose FLOPs are counted
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by seeds - 1
 
@@ -123,7 +124,6 @@ def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
     subprocess.run([*command, "eval", str(folder), *study.eval, "--json", str(folder / "eval.json")], check=True)
     config = load_config(RunConfig, folder / "config.toml")
     whole = {name: config.train.steps * n for name, n in of_a_step(config, load_codec(config.data.codec)).items()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "arm": arm,
         "seed": seed,
@@ -132,7 +132,7 @@ def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
         "flops_6nd": config.train.steps * count_6nd(config),
         "seconds": round(seconds, 1),
         "resumed": bool(resume),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "results": json.loads((folder / "eval.json").read_text()),

@@ -21,5 +21,5 @@ def own_cache(tmp_path_factory):
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not "in keywords", which has the parameters of tests too
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))

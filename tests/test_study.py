@@ -1,11 +1,11 @@
 """The runner of studies: a run a line, none twice, equal FLOPs, intervals by the book."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
+import study
 from tiny_run import write_tiny
 
 from transfusion.codec.load import load_codec
@@ -13,14 +13,6 @@ from transfusion.config import load_config
 from transfusion.run import RunConfig, resolve
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study", ROOT / "bench" / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write(folder: Path, flops: float) -> Path:
@@ -32,7 +24,7 @@ def write(folder: Path, flops: float) -> Path:
     return folder / "study.toml"
 
 
-def test_arms_get_as_many_steps_as_their_flops_pay_for(study, tmp_path):
+def test_arms_get_as_many_steps_as_their_flops_pay_for(tmp_path):
     s = load_config(study.Study, write(tmp_path, 4e9))
     steps = {arm: int(study.overrides_of(s, arm, 0)[-1].removeprefix("train.steps=")) for arm in s.arms}
     assert steps["narrow"] > steps["wide"] > 3
@@ -44,7 +36,7 @@ def test_arms_get_as_many_steps_as_their_flops_pay_for(study, tmp_path):
         study.overrides_of(load_config(study.Study, tmp_path / "study.toml", ["flops=1e3"]), "wide", 0)
 
 
-def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(study, tmp_path, capfd):
+def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(tmp_path, capfd):
     path = write(tmp_path, 1.2e9)
     assert study.main([str(path), "seeds=0", "only=wide"]) == 0
     first = (tmp_path / "out" / "results.jsonl").read_text()
@@ -61,7 +53,7 @@ def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(study, tm
     assert (tmp_path / "out" / "results.jsonl").read_text() == lines
 
 
-def test_a_run_that_was_stopped_is_not_on_record_and_goes_on(study, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_is_not_on_record_and_goes_on(tmp_path, monkeypatch):
     path, called = write(tmp_path, 1.2e9), []
     whole = study.subprocess.run
 
@@ -80,7 +72,7 @@ def test_a_run_that_was_stopped_is_not_on_record_and_goes_on(study, tmp_path, mo
     assert study.main([str(path), "seeds=0", "only=wide", "flops=9e9"]) == 2, "another grid in the same folder"
 
 
-def test_settings_that_no_override_names_are_no_secret_change(study, tmp_path, monkeypatch, capsys):
+def test_settings_that_no_override_names_are_no_secret_change(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, 1.2e9)
     s = load_config(study.Study, path, ["seeds=0", "only=wide"])
     folder = Path(s.out) / "wide-0"
@@ -100,13 +92,13 @@ def test_settings_that_no_override_names_are_no_secret_change(study, tmp_path, m
     assert not (folder / "checkpoints").exists()
 
 
-def test_intervals_are_students(study):
+def test_intervals_are_students():
     mean, half = study.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(study.interval([1.0])[1])
 
 
-def test_differences_are_paired_by_seed(study, tmp_path):
+def test_differences_are_paired_by_seed(tmp_path):
     s = load_config(study.Study, write(tmp_path, 1e9))
     Path(s.out).mkdir()
     with (Path(s.out) / "results.jsonl").open("w") as file:
@@ -117,7 +109,7 @@ def test_differences_are_paired_by_seed(study, tmp_path):
     assert last == "| narrow - wide | 2 | +0.5 +- 0 |"
 
 
-def test_an_arm_that_is_not_there_is_refused(study, tmp_path):
+def test_an_arm_that_is_not_there_is_refused(tmp_path):
     path = write(tmp_path, 1e9)
     for wrong in ("only=absent", "arms.narrow.against=absent"):
         with pytest.raises(ValueError, match="none of"):
@@ -125,7 +117,7 @@ def test_an_arm_that_is_not_there_is_refused(study, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "studies").glob("*.toml")), ids=lambda path: path.stem)
-def test_a_shipped_study_loads_and_its_base_too(study, path, monkeypatch):
+def test_a_shipped_study_loads_and_its_base_too(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     s = load_config(study.Study, path)
     assert s.arms and any(arm.against for arm in s.arms.values())

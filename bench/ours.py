@@ -1,0 +1,156 @@
+"""The answers of this repository: its own `lay_out`, `collate`, `gradients`, optimizer and `Engine`, as they train and
+sample everywhere else. Patches carry their row and column, as the peer's do; no average of the weights, as it has none.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from clock import Clock, peak_flops
+from content import Case, Document, content, prompts
+
+from transfusion import generate, train
+from transfusion.codec.codec import Codec
+from transfusion.config import load_config
+from transfusion.data.documents import DataConfig
+from transfusion.generate import Engine
+from transfusion.model.transformer import ModelConfig, build_model
+from transfusion.optim import OptimConfig, build_optimizers
+from transfusion.plan import count_packed
+from transfusion.run import RunConfig, SampleConfig, TrainConfig
+from transfusion.sequence import Batch, Format, Image, Segment, Special, Text, collate, lay_out
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKERS = 6  # special tokens, behind those of the content
+FLEX_TILE = 128
+
+Repeat = Callable[[int], dict[str, float] | None]
+
+
+def config_of(case: Case) -> RunConfig:
+    """A run of the case's sizes."""
+    vocab = case.vocab + MARKERS
+    if case.config:
+        model = replace(load_config(RunConfig, ROOT / case.config).model, vocab_size=vocab)
+    else:
+        model = ModelConfig(case.dim, case.depth, case.heads, vocab_size=vocab, patch_positions=True)
+    cells = case.side * case.patch_size
+    return RunConfig(
+        device=case.device,
+        model=replace(model, channels=case.channels, patch_size=case.patch_size),
+        data=DataConfig(factor=1, image_size=cells),
+        optim=OptimConfig(ema=0.0),
+        train=TrainConfig(seq_len=1 << 20, precision=case.precision, compile=case.compile),
+    )
+
+
+def format_of(case: Case) -> Format:
+    """How the content is written: markers have the ids behind it."""
+    special = Special(*range(case.vocab, case.vocab + MARKERS))
+    return Format(special, case.patch_size, text_tokens=case.vocab + MARKERS)
+
+
+def segments(document: Document, fmt: Format, closed: bool = True) -> list[Segment]:
+    """The document between <bos> and, where it is closed, <eos>."""
+    parts = [Text(p) if p.ndim == 1 else Image(p) for p in document]
+    return [Text(np.array([fmt.special.bos])), *parts, *[Text(np.array([fmt.special.eos]))] * closed]
+
+
+def batch_of(case: Case, rows: list[list[Document]]) -> Batch:
+    """The rows as a batch; compiled blocks get whole tiles."""
+    fmt = format_of(case)
+    laid = [[lay_out(segments(document, fmt), fmt) for document in row] for row in rows]
+    longest = max(sum(map(len, row)) for row in laid)
+    if longest > (case.seq_len or longest):
+        raise ValueError(f"a row takes {longest} positions, more than seq_len = {case.seq_len}: raise it")
+    tile = FLEX_TILE if case.compile or case.way.startswith("flex") else 1
+    return collate(laid, case.seq_len or -(-longest // tile) * tile, fmt)
+
+
+def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """A whole training step: rows laid out, gradients, optimizer."""
+    config = config_of(case)
+    torch.manual_seed(0)
+    model = build_model(config.model, case.device)
+    if case.compile:
+        model.compile_layers()
+    optimizers, losses = build_optimizers(model, config.optim), train.losses
+
+    def timed_losses(*arguments):
+        with clock("forward"):
+            return losses(*arguments)
+
+    def repeat(i: int):
+        rows = content(case, i)
+        with clock("data"):
+            batch = batch_of(case, rows)
+        with clock("backward"), patch.object(train, "losses", timed_losses):
+            train.gradients(model, [batch], config, i)
+        with clock("optimizer"):
+            for optimizer in optimizers:
+                optimizer.step()
+
+    images = case.rows * case.documents * case.images
+    return repeat, {
+        "units": {"positions": case.rows * case.positions} | ({"images": images} if images else {}),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": lambda: count_packed(config, [batch_of(case, content(case, 0))]),
+        "peak": lambda: peak_flops(case.peak, case.precision, case.device),
+    }
+
+
+def engine_of(case: Case) -> Engine:
+    """An engine of fresh weights whose codec hands latents through."""
+    config, fmt = config_of(case), format_of(case)
+    torch.manual_seed(0)
+    model = build_model(config.model, case.device).eval()
+    tokenizer = SimpleNamespace(special=fmt.special, vocab_size=fmt.text_tokens)
+    codec = Codec("latents", case.channels, 1, None, encode=lambda x: x, decode=lambda x: x)
+    engine = Engine(model, tokenizer, config, codec)
+    # on a CPU it samples in float32 whatever the run trained in; the case says what is measured
+    engine.dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    return engine
+
+
+def open_prompts(case: Case, i: int) -> list[list[Segment]]:
+    """The documents that the prompts of a repetition begin."""
+    fmt = format_of(case)
+    return [segments(prompt, fmt, closed=False) for prompt in prompts(case, i)]
+
+
+def drawing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """An image behind each of the prompts."""
+    engine = engine_of(case)
+    sampling = SampleConfig(case.steps, "euler", case.guidance, batch=case.batch)
+
+    def repeat(i: int):
+        documents = open_prompts(case, i)
+        with clock("draw"):
+            drawn = engine.complete(documents, "draw", i, sampling)
+        assert [x.latents.shape[1] for (x,) in drawn] == [case.side * case.patch_size] * case.batch
+
+    return repeat, {"units": {"images": case.batch}, "parameters": sum(p.numel() for p in engine.model.parameters())}
+
+
+def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """`new` tokens behind each of the prompts; fresh weights may not end a text before."""
+    engine = engine_of(case)
+    sampling, allowed = SampleConfig(guidance=1.0, max_tokens=case.new, batch=case.batch), generate.allowed
+
+    def without_end(*arguments) -> torch.Tensor:
+        tokens = allowed(*arguments)
+        tokens[engine.fmt.special.eos] = False
+        return tokens
+
+    def repeat(i: int):
+        documents = open_prompts(case, i)
+        with clock("write"), patch.object(generate, "allowed", without_end):
+            written = engine.complete(documents, "text", i, sampling)
+        assert [len(x.ids) for (x,) in written] == [case.new] * case.batch
+
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    return repeat, {"units": {"tokens": case.batch * case.new}, "parameters": parameters}

@@ -1,0 +1,114 @@
+"""The answers of transfusion-pytorch 0.20, in its own Python, called as its README calls it.
+
+Text and images [h, w, channels] go in as lists; the loss is its own (flow, velocity consistency). Its markers for an
+image are six tokens to our two. The batched sampler caches always; written tokens are kept from being special ids.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import transfusion_pytorch.transfusion as package
+from clock import Clock
+from content import Case, Document, content, prompts
+from loguru import logger
+from tqdm import tqdm
+from transfusion_pytorch import Transfusion
+
+logger.remove()
+
+
+def build(case: Case) -> Transfusion:
+    """The model with fresh weights, whose images take `steps` of Euler's method."""
+    if case.patch_size != 1 or case.config:
+        raise ValueError("transfusion-pytorch is given latents cell by cell: leave out patch_size and config")
+    package.tqdm = partial(tqdm, disable=True)
+    torch.manual_seed(0)
+    return Transfusion(
+        num_text_tokens=case.vocab,
+        dim_latent=case.channels,
+        modality_default_shape=(case.side, case.side),
+        add_pos_emb=True,
+        odeint_kwargs={"method": "euler", "atol": 1e-5, "rtol": 1e-5},
+        transformer={"dim": case.dim, "depth": case.depth, "heads": case.heads, "dim_head": case.dim // case.heads},
+    ).to(case.device)
+
+
+def parts(document: Document, device: str) -> list[torch.Tensor]:
+    """The document as the package takes it: integers are text, the rest is an image with its channels last."""
+    return [torch.from_numpy(p if p.ndim == 1 else p.transpose(1, 2, 0).copy()).to(device) for p in document]
+
+
+def autocast(case: Case) -> torch.autocast:
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
+
+
+def facts(model: Transfusion, **units: int) -> dict:
+    return {"units": units, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def training(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+    """A training step; documents of a row are samples of their own, as it packs none."""
+    model = build(case).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+
+    def repeat(i: int):
+        rows = content(case, i)
+        with clock("data"):
+            samples = [parts(document, case.device) for row in rows for document in row]
+        with clock("forward"), autocast(case):
+            loss = model(samples)
+        with clock("backward"):
+            loss.backward()
+        with clock("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    images = case.rows * case.documents * case.images
+    return repeat, facts(model, positions=case.rows * case.positions, **({"images": images} if images else {}))
+
+
+def drawing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+    """An image behind each of the prompts."""
+    model, shape = build(case).eval(), (case.side, case.side)
+
+    def repeat(i: int):
+        given = [parts(prompt, case.device)[0] for prompt in prompts(case, i)]
+        torch.manual_seed(i)
+        with clock("draw"), autocast(case), torch.no_grad():
+            drawn = model.sample_many(
+                given,
+                max_length=0,  # it ends with the first image
+                modality_steps=case.steps + 1,  # times, one more than steps
+                cfg_scale=case.guidance,
+                force_modality_at_start=(0, shape),
+            )
+        images = [part for sample in drawn for part in sample if not torch.is_tensor(part)]
+        assert [tuple(x.tensor.shape) for x in images] == [(*shape, case.channels)] * case.batch
+
+    return repeat, facts(model, images=case.batch)
+
+
+def writing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+    """`new` tokens behind each of the prompts: the way for text alone, or where an image was read the mixed one."""
+    model, pick = build(case).eval(), package.sample_text_token
+
+    def only_text(logits: torch.Tensor, *arguments, **keys) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., case.vocab :] = -1e9
+        return pick(logits, *arguments, **keys)
+
+    def repeat(i: int):
+        given = [parts(prompt, case.device) for prompt in prompts(case, i)]
+        torch.manual_seed(i)
+        with clock("write"), autocast(case), torch.no_grad(), patch.object(package, "sample_text_token", only_text):
+            if not case.image_in_prompt:
+                tokens = torch.stack([prompt[0] for prompt in given])
+                written = model.generate_text_only(tokens, case.prompt + case.new)
+            else:  # it stops at one token more than max_length
+                mixed = [[text, (0, image)] for text, image in given]
+                written = [s[-1][1:] for s in model.sample_many(mixed, max_length=case.new - 1, cfg_scale=1.0)]
+        assert [len(tokens) for tokens in written] == [case.new] * case.batch
+
+    return repeat, facts(model, tokens=case.batch * case.new)

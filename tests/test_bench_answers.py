@@ -1,0 +1,224 @@
+"""The answers: each computes what it says, of the size that it says; FLOPs are those that torch counts."""
+
+import os
+import subprocess
+from dataclasses import replace
+
+import attend
+import operators
+import ours
+import pytest
+import starting
+import torch
+from clock import Clock
+from content import Case, content
+from machine import FLAGS, hardware, versions
+from operators import CLASSES, REST, class_of, profiled
+from questions import QUESTIONS
+from test_bench_content import TINY
+
+from transfusion import generate, train
+from transfusion.config import override
+from transfusion.model.mask import dense_mask
+from transfusion.model.transformer import build_model
+from transfusion.model.varlen import varlen_mask
+
+TEXT = replace(TINY, images=0)
+
+
+def once(answer, case: Case) -> tuple[dict, dict]:
+    """(seconds by part, facts) of a repetition."""
+    clock = Clock()
+    repeat, facts = answer(case, clock)
+    repeat(1)
+    return clock.take(), {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+
+
+def test_a_training_repetition_is_a_step_of_train(monkeypatch):
+    built, losses = [], train.losses
+    monkeypatch.setattr(ours, "build_model", lambda *a: built.append(build_model(*a)) or built[-1])
+    parts, facts = once(ours.training, TINY)
+    assert list(parts) == ["data", "backward", "forward", "optimizer"] and train.losses is losses
+    assert facts["units"] == {"positions": 2 * (21 + 2 * 4), "images": 4}
+    config = ours.config_of(TINY)
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    optimizers = ours.build_optimizers(model, config.optim)
+    train.gradients(model, [ours.batch_of(TINY, content(TINY, 1))], config, 1)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), model.parameters(), strict=True))
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fields", [{}, {"images": 0}, {"documents": 4, "side": 4}, {"patch_size": 2, "vocab": 999}])
+def test_flops_of_a_step_are_those_that_torch_counts_but_for_pairs_that_the_mask_forbids(fields):
+    case = replace(TINY, **fields)
+    _, facts = once(profiled, case)
+    counted, m = facts["work"]["flops"], ours.config_of(case).model
+    batch = ours.batch_of(case, content(case, 0))
+    layout, of_a_pair = (batch.document, batch.image, batch.hidden), 12 * m.n_layers * m.n_heads * m.head_dim
+    allowed = (dense_mask(*layout)[:, 0] & (batch.document >= 0)[:, None]).sum().item()
+    assert counted["attention"] == of_a_pair * sum(D * n**2 for D, n in varlen_mask(*layout).groups)
+    assert counted["attention"] > of_a_pair * allowed
+    useful = facts["flops"] - of_a_pair * allowed
+    assert counted["matmul"] == pytest.approx(useful, rel=0.03)  # the layers before the first have no gradient of input
+    assert set(counted) == {*CLASSES, REST} and sum(counted.values()) == counted["matmul"] + counted["attention"]
+
+
+def test_the_classes_of_operators_add_up_and_every_one_is_met():
+    clock = Clock()
+    repeat, facts = profiled(TINY, clock)
+    seconds, moved = repeat(0), facts["work"]()["bytes"]
+    assert set(seconds) == set(moved) == {*CLASSES, REST} and min(seconds.values()) > 0 and min(moved.values()) > 0
+    parameters = facts["parameters"] * 4
+    assert moved["optimizer"] >= 4 * parameters, "weights, gradients and two moments"
+
+
+@pytest.mark.parametrize(
+    "operator, name",
+    [
+        ("aten::mm", "matmul"),
+        ("aten::addmm", "matmul"),
+        ("aten::bmm", "attention"),
+        ("aten::_softmax_backward_data", "attention"),
+        ("aten::_log_softmax", REST),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::index_copy_", "data movement"),
+        ("aten::mul", REST),
+    ],
+)
+def test_an_operator_has_its_class(operator, name):
+    assert class_of(operator) == name
+
+
+def test_bytes_are_those_of_an_operators_tensors_and_views_move_none():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    with operators.ByteCounter() as counter:
+        (a @ b).t()
+    assert counter.bytes["matmul"] == 4 * (12 + 20 + 15) and sum(counter.bytes.values()) == counter.bytes["matmul"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_drawing_answers_with_an_image_a_prompt(precision, guidance):
+    parts, facts = once(ours.drawing, replace(TINY, precision=precision, guidance=guidance))
+    assert list(parts) == ["draw"] and facts["units"] == {"images": 2}
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_writing_answers_with_all_the_tokens_asked_for(image, monkeypatch):
+    monkeypatch.setattr(generate, "pick", lambda logits, *_: int(logits.argmax()))
+    eos, seen = ours.format_of(TINY).special.eos, []
+    engine_of = ours.engine_of
+
+    def eager_to_end(case):
+        engine = engine_of(case)
+        forward = engine.forward
+
+        def with_end(*arguments):
+            logits, p = forward(*arguments)
+            logits[:, eos] += 1e6
+            seen.append(len(logits))
+            return logits, p
+
+        engine.forward = with_end
+        return engine
+
+    monkeypatch.setattr(ours, "engine_of", eager_to_end)
+    parts, facts = once(ours.writing, replace(TINY, image_in_prompt=image))
+    assert list(parts) == ["write"] and facts["units"] == {"tokens": 10} and sum(seen) == 10
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_ways_of_attention_agree(monkeypatch):
+    case, found = replace(TINY, documents=2, dim=64, heads=2, precision="fp32", seq_len=128), {}
+    for way, (build, of_way) in list(attend.WAYS.items())[:3]:
+
+        def keep(q, k, v, mask, way=way, of_way=of_way):
+            found[way] = of_way(q, k, v, mask)
+            return found[way]
+
+        monkeypatch.setitem(attend.WAYS, way, (build, keep))
+        parts, facts = once(attend.attention, replace(case, way=way))
+        assert list(parts) == ["mask", "forward"] + ["backward"] * (way != "flex")
+    batch = ours.batch_of(case, content(case, 0))
+    real = (batch.document >= 0)[:, None, :, None]
+    assert facts["pairs"] < batch.tokens.numel() * 128 / 2
+    for way in ("documents", "flex"):
+        torch.testing.assert_close(found[way] * real, found["dense"] * real, rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_that_fails_says_so_and_one_that_does_not_is_timed(monkeypatch):
+    monkeypatch.setitem(starting.IMPORTS, "nothing", "pass")
+    parts, facts = once(starting.starting, replace(TINY, way="nothing"))
+    assert parts["process"][1] > 0 and facts["units"] == {"starts": 1}
+    monkeypatch.setitem(starting.IMPORTS, "wrong", "import no_such_module")
+    with pytest.raises(ValueError, match="no_such_module"):
+        once(starting.starting, replace(TINY, way="wrong"))
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu-drawing"])
+def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name):
+    tiny = ["device=cpu", "compile=false", "config=", "dim=32", "depth=2", "heads=2", "documents=2", "side=2", "rows=1"]
+    tiny += ["text_tokens=12", "seq_len=64", "vocab=99", "peak=32", "steps=2", "threads=1"]
+    cases = {override(case, tiny) for case in QUESTIONS[name].cases}
+    assert len(cases) > 1
+    for case in cases:
+        for arm in QUESTIONS[name].arms.values():
+            module, _, function = arm.answer.partition(".")
+            assert module == "ours"
+            parts, facts = once(getattr(ours, function), case)
+            assert parts and facts["units"]
+
+
+def test_llama_answers_with_the_same_positions_and_about_as_many_parameters():
+    llama = pytest.importorskip("peer_llama", exc_type=ImportError)
+    case = replace(TEXT, dim=64, heads=1)
+    (parts, theirs), (_, own) = once(llama.training, case), once(ours.training, case)
+    assert list(parts) == ["data", "forward", "backward", "optimizer"]
+    assert theirs["units"] == own["units"] == {"positions": 2 * 21}
+    patch_layers = sum(p.numel() for p in build_model(ours.config_of(case).model).patches.parameters())
+    markers = 2 * ours.MARKERS * case.dim
+    assert own["parameters"] - theirs["parameters"] == patch_layers + markers
+    parts, facts = once(llama.writing, case)
+    assert list(parts) == ["write"] and facts["units"] == {"tokens": 10}
+    with pytest.raises(ValueError, match="set images=0"):
+        llama.training(TINY, Clock())
+
+
+PEER = os.environ.get("TRANSFUSION_PEER_PYTHON", "")
+
+
+@pytest.mark.skipif(not PEER, reason="TRANSFUSION_PEER_PYTHON names no Python with transfusion-pytorch")
+def test_the_peer_answers_with_the_same_units(tmp_path):
+    code = (
+        "import peer_lucid, sys; from clock import Clock; from content import Case\n"
+        f"from dataclasses import replace; case = {TINY!r}; clock = Clock()\n"
+        "for name, c in (('training', case), ('training', replace(case, images=0)), ('drawing', case),\n"
+        "                ('writing', case), ('writing', replace(case, image_in_prompt=True))):\n"
+        "    repeat, facts = getattr(peer_lucid, name)(c, clock); repeat(1)\n"
+        "    print(list(clock.take()), facts['units'])\n"
+        "print(sum(p.numel() for p in peer_lucid.build(Case()).parameters()))\n"
+    )
+    bench = str(ours.ROOT / "bench")
+    done = subprocess.run([PEER, "-W", "ignore", "-c", code], cwd=bench, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = "['data', 'forward', 'backward', 'optimizer']"
+    *said, parameters = done.stdout.splitlines()
+    deep = build_model(ours.config_of(replace(Case(), **QUESTIONS["training"].arms["ours, 24 layers"].change)).model)
+    assert int(parameters) == pytest.approx(sum(p.numel() for p in deep.parameters()), rel=0.01)
+    assert said == [
+        f"{steps} {{'positions': 58, 'images': 4}}",
+        f"{steps} {{'positions': 42}}",
+        "['draw'] {'images': 2}",
+        "['write'] {'tokens': 10}",
+        "['write'] {'tokens': 10}",
+    ]
+
+
+def test_a_machine_is_described():
+    h, v = hardware(), versions()
+    assert h["cores"] > 0 and h["gib"] > 0 and h["processor"] and set(h["flags"]) <= set(FLAGS)
+    assert v["torch"] == torch.__version__ and v["python"]
