@@ -299,7 +299,7 @@ def test_the_cache_is_as_long_as_a_batch_needs_with_a_second_lane_only_for_guida
     new_cache, image = engine.model.new_cache, image_length((2, 2), engine.fmt)
     engine.model.new_cache = lambda *size: sizes.append(size[:2]) or new_cache(*size)
     engine.generate(["a"] * 4 + ["abc"], mode="draw", batch=2, steps=1)  # <bos> a [image]
-    assert sizes == [(4, 2 + image), (4, 2 + image), (2, 4 + image)]
+    assert set(sizes) == {(4, 4 + image), (2, 4 + image)}, "as many as the longest needs, and none twice as many"
     sizes.clear()
     engine.generate(["a"] * 5, mode="draw", batch=8, steps=1, guidance=1.0)
     engine.generate(["a"] * 5, mode="text", batch=3, max_tokens=2, max_images=0)
