@@ -46,11 +46,8 @@ class Batching:
         limit: int,  # positions that a document may have
         dtype: torch.dtype,  # of keys and values
     ):
-        self.model, self.fmt, self.codec, self.diffusion, self.limit, self.dtype = (
-            *(model, fmt, codec, diffusion),
-            *(limit, dtype),
-        )
-        self.device = model.norm.weight.device
+        self.model, self.device, self.dtype = model, model.norm.weight.device, dtype
+        self.fmt, self.codec, self.diffusion, self.limit = fmt, codec, diffusion, limit
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.forget()
@@ -70,7 +67,8 @@ class Batching:
             self.waiting.remove(r)
         elif r in self.running:
             self.running.remove(r)
-            self.lanes.release(r.branches())
+            if r.main is not None:
+                self.lanes.release(r.branches())
             if not self.running:
                 self.forget()
 
