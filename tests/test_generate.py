@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from random_rows import PATCH_DIM, SPECIAL, VOCAB
 from test_transformer import OPTIONS, random_model
 
+from transfusion.chunk import Span
 from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import DataConfig, caption_then_image, image_alone, image_then_caption
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import SCHEDULES, timesteps
 from transfusion.diffusion.solver import SOLVERS, denoiser_from
-from transfusion.generate import Branch, Engine, Span, pick
+from transfusion.generate import Engine
+from transfusion.lanes import Lanes
 from transfusion.loss import draw_noise, losses
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, set_lr
+from transfusion.request import pick
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
 from transfusion.sequence import Codes, Image, Text, collate, image_length, lay_out, unpatchify
 
@@ -47,7 +50,9 @@ class Letters:
 SAMPLE = SampleConfig(steps=4, guidance=3.0)
 
 
-def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, codec=None, **options) -> Engine:
+def engine_of(
+    seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE, codec=None, precision="fp32", **options
+) -> Engine:
     """An engine of a random model whose every parameter matters."""
     model = random_model(**options)
     config = RunConfig(
@@ -55,7 +60,7 @@ def engine_of(seq_len=SEQ_LEN, prediction="v", data_variance=0.0, sample=SAMPLE,
         data=DataConfig(image_size=SIZE),
         diffusion=DiffusionConfig(prediction=prediction, data_variance=data_variance),
         optim=OptimConfig(freeze=("text", "image") if model.config.lora.r else ()),
-        train=TrainConfig(seq_len=seq_len),
+        train=TrainConfig(seq_len=seq_len, precision=precision),
         sample=sample,
     )
     return Engine(model, Letters(), config, codec)
@@ -100,13 +105,15 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
     rng = np.random.default_rng(0)
     for trial in range(4):
         cuts = [i for i in range(1, len(s)) if i not in inside and (trial == 0 or rng.random() < 0.4)]
-        cache, branch = engine.model.new_cache(3, SEQ_LEN, torch.float32), Branch(1, s)
+        batching = engine.batching
+        batching.lanes = Lanes(engine.model, engine.fmt, torch.float32, 3, SEQ_LEN)
+        batching.lanes.take([])
+        branch = batching.lanes.take(document)
         for start, stop in zip([0, *cuts], [*cuts, len(s)]):
-            chunk = engine.chunk([Span(branch, start, stop)], cache)
-            patches = s.patches[(s.image[:start] >= 0).sum() : (s.image[:stop] >= 0).sum()]
-            z, t = torch.from_numpy(patches), torch.zeros(len(chunk.grids))
+            chunk = batching.chunk([Span(branch, start, stop)])
+            z, t = torch.from_numpy(chunk.patches), torch.zeros(len(chunk.grids))
             with torch.no_grad():
-                got, _ = engine.forward(chunk, cache, z, t, torch.arange(stop - start))
+                got, _ = batching.forward(chunk, z, t, torch.arange(stop - start))
             close(got, want[start:stop])
 
 
@@ -186,27 +193,27 @@ def test_an_image_that_the_model_opens_is_the_image_drawn_on_demand():
 
 def rig(engine: Engine, choose):
     """Makes the engine's model want token choose(request, number of choices made so far) wherever it writes."""
-    write, made = engine.write, {}
+    write, made = engine.batching.write, {}
 
-    def rigged(r, logits, sampling):
+    def rigged(r, logits):
         logits = torch.full_like(logits, -1e4)
         n = made.get(id(r), 0)
         made[id(r)] = n + 1
         logits[choose(r, n)] = 1e4
-        write(r, logits, sampling)
+        write(r, logits)
 
-    engine.write = rigged
+    engine.batching.write = rigged
 
 
 def spy_on_writes(engine: Engine) -> list[torch.Tensor]:
     """The logits of every token that the engine draws from here on."""
-    write, seen = engine.write, []
+    write, seen = engine.batching.write, []
 
-    def spying(r, logits, sampling):
+    def spying(r, logits):
         seen.append(logits.clone())
-        write(r, logits, sampling)
+        write(r, logits)
 
-    engine.write = spying
+    engine.batching.write = spying
     return seen
 
 
@@ -292,7 +299,7 @@ def test_the_cache_is_as_long_as_a_batch_needs_with_a_second_lane_only_for_guida
     new_cache, image = engine.model.new_cache, image_length((2, 2), engine.fmt)
     engine.model.new_cache = lambda *size: sizes.append(size[:2]) or new_cache(*size)
     engine.generate(["a"] * 4 + ["abc"], mode="draw", batch=2, steps=1)  # <bos> a [image]
-    assert sizes == [(4, 2 + image), (4, 2 + image), (2, 4 + image)]
+    assert set(sizes) == {(4, 4 + image), (2, 4 + image)}, "as many as the longest needs, and none twice as many"
     sizes.clear()
     engine.generate(["a"] * 5, mode="draw", batch=8, steps=1, guidance=1.0)
     engine.generate(["a"] * 5, mode="text", batch=3, max_tokens=2, max_images=0)
@@ -708,7 +715,11 @@ def learned_by_heart(images, steps=450, codec=PIXELS, **options) -> Engine:
     diffusion = DiffusionConfig(schedule="linear", prediction="x0", loss_space="flow", data_variance=0.5)
     sample = SampleConfig(steps=10, solver="euler", guidance=1.5, temperature=0)
     buckets = tuple(dict.fromkeys(f"{image.shape[0]}x{image.shape[1]}" for image in images))
-    parts = {"data": DataConfig(buckets=buckets), "diffusion": diffusion, "train": TrainConfig(seq_len=32)}
+    parts = {
+        "data": DataConfig(buckets=buckets),
+        "diffusion": diffusion,
+        "train": TrainConfig(seq_len=32, precision="fp32"),
+    }
     engine = Engine(model, tokenizer, RunConfig(model=model.config, sample=sample, **parts), codec)
     optim = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=20, weight_decay=0.0)
     optimizers, rows = build_optimizers(model, optim), []

@@ -327,7 +327,7 @@ def by_cache(model, cache, spans, z, t):
     full = not model.config.causal_images
     mask = allow(0, image_q[:, :, None], index[:, :, None], *k, full)[:, None]
     patch_at = (image_q.flatten() != NONE).nonzero()[:, 0]
-    layers = cache.at(torch.tensor([lane for lane, *_ in spans]), slots, length)
+    layers = cache.at([lane for lane, *_ in spans], slots, length)
     with torch.no_grad():
         logits, p = model(
             *(tokens, place, mask, torch.cat(patches), torch.cat(levels), torch.tensor(patch_image, dtype=torch.long)),

@@ -1,6 +1,6 @@
-"""Positions of several sequences as one call of the model, their keys and values in a cache.
+"""Positions of several sequences as one call of the model.
 
-spans      lane 0: positions 5 ... 9      lane 3: positions 2 ... 4
+spans      lane 0: positions 5 ... 9      lane 1: positions 2 ... 4
 chunk      | 5 6 7 8 9 |                  queries that only fill up write to the cache's bin and see its first slot
            | 2 3 4 . . |
 """
@@ -13,18 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.model.cache import Cache
+from transfusion.lanes import Branch, Lanes, Placed
+from transfusion.model.cache import LayerCache
 from transfusion.model.mask import allow
-from transfusion.sequence import NONE, Format, Sequence
-
-
-@dataclass(eq=False)
-class Branch:
-    """A sequence in a lane of the cache; its first `settled` positions have their final keys and values there."""
-
-    lane: int
-    sequence: Sequence | None = None
-    settled: int = 0
+from transfusion.sequence import NONE
 
 
 class Span(NamedTuple):
@@ -35,11 +27,9 @@ class Span(NamedTuple):
     stop: int
 
     @property
-    def patches(self) -> np.ndarray:
-        """[n, P] the clean patches that stand in the span."""
-        s = self.branch.sequence
-        start, stop = ((s.image[:i] != NONE).sum() for i in (self.start, self.stop))
-        return s.patches[start:stop]
+    def images(self) -> list[Placed]:
+        """Those that stand in the span; no span holds a part of one."""
+        return [image for image in self.branch.images if self.start <= image.start < self.stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,35 +38,38 @@ class Chunk:
 
     tokens: Tensor  # [b, q]
     place: Tensor  # [b, q, 4]
-    mask: Tensor  # [b, 1, q, length], of the keys in the cache
-    lanes: Tensor  # [b]
-    slots: Tensor  # [b, q]
-    length: int
+    mask: Tensor | None  # [b, 1, q, length], 0 where a key in the cache is seen, -inf where not; None: all are
+    layers: list[LayerCache]
     patch_at: Tensor  # [N] flat positions of the patches
     patch_image: Tensor  # [N] which of the chunk's images each belongs to
     grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image
+    patches: np.ndarray  # [N, P] the clean patches
     last: Tensor  # [b] flat position of each span's last
 
 
-def chunk_of(spans: Seq[Span], cache: Cache, fmt: Format, full: bool, device: torch.device) -> Chunk:
+def chunk_of(spans: Seq[Span], lanes: Lanes, full: bool, device: torch.device) -> Chunk:
     """The spans as tensors; `full`: patches see their whole image. No position of a sequence of ours is hidden."""
-    b, q, length = len(spans), max(s.stop - s.start for s in spans), max(s.stop for s in spans)
-    tokens, place = np.full((b, q), fmt.special.pad), np.zeros((b, q, 4), np.int64)
-    slots, index = np.full((b, q), cache.bin), np.zeros((b, q), np.int64)
-    image_q, image_k = np.full((b, q), NONE), np.full((b, length), NONE)
-    grids: list[tuple[int, int]] = []
-    for i, (branch, start, stop) in enumerate(spans):
-        s, n = branch.sequence, stop - start
-        tokens[i, :n], place[i, :n], image_q[i, :n] = s.tokens[start:stop], s.place[start:stop], s.image[start:stop]
-        slots[i, :n] = index[i, :n] = np.arange(start, stop)
-        image_k[i, :stop] = s.image[:stop]
-        grids += [s.grids[j] for j in np.unique(image_q[i, :n]) if j != NONE]
-    keys = (0, image_k[:, None], np.arange(length), np.False_)
-    mask = allow(0, image_q[:, :, None], index[:, :, None], *keys, full)
-    last = np.array([i * q + s.stop - s.start - 1 for i, s in enumerate(spans)])
-    patch_at = np.flatnonzero(image_q != NONE)
+    lane, start, stop = (np.array(x) for x in zip(*((s.branch.lane, s.start, s.stop) for s in spans)))
+    b, q, length, row = len(spans), int((stop - start).max()), int(stop.max()), lane[:, None]
+    index = start[:, None] + np.arange(q)
+    real = index < stop[:, None]
+    index, slots = np.where(real, index, 0), np.where(real, index, lanes.slots)
+    tokens, place = lanes.tokens[row, slots], lanes.place[row, index]
+    image_q, image_k = np.where(real, lanes.image[row, index], NONE), lanes.image[lane, :length]
+    seen = allow(
+        *(0, image_q[:, :, None], index[:, :, None]),
+        *(0, image_k[:, None], np.arange(length), np.False_),
+        full,
+    )
+    images = [image for span in spans for image in span.images]
+    grids = tuple(image.grid for image in images)
+    patches = np.concatenate([image.patches for image in images]) if images else np.zeros((0, 0), np.float32)
     patch_image = np.repeat(np.arange(len(grids)), [rows * columns for rows, columns in grids])
-    lanes = np.array([s.branch.lane for s in spans])
-    arrays = (tokens, place, mask[:, None], lanes, slots, patch_at, patch_image, last)
-    tokens, place, mask, lanes, slots, patch_at, patch_image, last = (torch.from_numpy(a).to(device) for a in arrays)
-    return Chunk(tokens, place, mask, lanes, slots, length, patch_at, patch_image, tuple(grids), last)
+    last = np.arange(b) * q + stop - start - 1
+    arrays = (tokens, place, seen[:, None], slots, np.flatnonzero(image_q != NONE), patch_image, last)
+    tokens, place, seen_, slots, patch_at, patch_image, last = (torch.from_numpy(a).to(device) for a in arrays)
+    mask = None
+    if not seen.all():
+        mask = torch.zeros(seen_.shape, device=device, dtype=lanes.dtype).masked_fill_(~seen_, -torch.inf)
+    layers = lanes.cache.at(lane.tolist(), slots, length)
+    return Chunk(tokens, place, mask, layers, patch_at, patch_image, grids, patches, last)

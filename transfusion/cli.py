@@ -25,7 +25,7 @@ from transfusion.generate import Answer
 from transfusion.llama import is_llama
 from transfusion.plan import plan
 from transfusion.pretrained import load
-from transfusion.run import RunConfig, SampleConfig, pick_device, resolve
+from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.train_codec import CodecRunConfig, data_of, train_codec
@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     def with_model(p: argparse.ArgumentParser):
         p.add_argument("model", metavar="RUN", help=RUN_HELP)
         p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
+        p.add_argument("--precision", choices=PRECISIONS, default="", help="of its products; default: the run's own")
 
     def with_sampling(p: argparse.ArgumentParser, *names: str):
         for field in fields(SampleConfig):
@@ -175,20 +176,20 @@ def run_train_codec(args):
 
 
 def run_generate(args):
-    engine = load(args.model, args.device)
+    engine = load(args.model, args.device, args.precision)
     answers = engine.generate(args.prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
     show(args.prompts, answers, args.out)
 
 
 def run_edit(args):
-    image, engine = open_image(args.image), load(args.model, args.device)
+    image, engine = open_image(args.image), load(args.model, args.device, args.precision)
     drawn = engine.edit([image] * len(args.instructions), args.instructions, seed=args.seed, **sampling_of(args))
     show(args.instructions, [[one] for one in drawn], args.out)
 
 
 def run_inpaint(args):
     image, mask, n = open_image(args.image), open_image(args.mask), len(args.prompts)
-    engine = load(args.model, args.device)
+    engine = load(args.model, args.device, args.precision)
     drawn = engine.inpaint([image] * n, [mask] * n, args.prompts, seed=args.seed, **sampling_of(args))
     show(args.prompts, [[one] for one in drawn], args.out)
 
@@ -208,14 +209,14 @@ def show(prompts: list[str], answers: list[Answer], folder: Path):
 
 def run_caption(args):
     images = [open_image(path) for path in args.images]
-    engine = load(args.model, args.device)
+    engine = load(args.model, args.device, args.precision)
     captions = engine.caption(images, seed=args.seed, **sampling_of(args))
     for path, caption in zip(args.images, captions):
         print(f"{path}: {caption}")
 
 
 def run_eval(args):
-    engine = load(args.model, args.device)
+    engine = load(args.model, args.device, args.precision)
     of_data = [text for text in args.overrides if text.startswith("data.")]
     c = override(engine.config, of_data)
     corpus, _ = build_corpus(

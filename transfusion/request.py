@@ -5,14 +5,16 @@ writes text  ->  <boi>  ->  [writes its size]  ->  draws patches, all at once, s
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.chunk import Branch
 from transfusion.diffusion.guidance import branch_weights
+from transfusion.lanes import Branch
 from transfusion.run import SampleConfig
-from transfusion.sequence import Format, Segment, image_length
+from transfusion.sequence import Format, Segment, Text, image_length
 
 MODES = ("auto", "draw", "text")  # as the model likes | one image now | text only
 Size = tuple[int, int]
@@ -36,47 +38,86 @@ class Request:
     grid: Size | None  # rows and columns of the images that it draws; None = as the model writes them
     known: Known | None
     random: torch.Generator
-    main: Branch
-    others: list[Branch]  # lanes for guidance's other prefixes, which lack conditions
-    guiding: list[Branch] = field(default_factory=list)  # those that the image being drawn needs ...
-    weights: tuple[float, ...] = (1.0,)  # ... and how much the main one and each of them counts
+    sampling: SampleConfig
+    slots: int  # positions that it may come to
+    main: Branch | None = None  # None: it waits for a lane
+    guiding: list[Branch] = field(default_factory=list)  # other prefixes, which the image being drawn is compared with
+    weights: tuple[float, ...] = (1.0,)  # how much the main branch and each of them counts
+    ids: list[int] = field(default_factory=list)  # of the text being written, not yet in the document
     sides: list[int] | None = None  # written so far of the size of an image; None = none is being written
     coded: int | None = None  # codes written so far of an image; None = none is being written
     z: Tensor | None = None  # [N, P] patches on the way from noise to image; None = it writes
     noise: Tensor | None = None  # [N, P] what z began as
+    times: Tensor | None = None  # [steps + 1] of the solver
     step: int = 0  # of the solver
     written: int = 0  # tokens
     drawn: int = 0  # images
     done: bool = False
 
+    @property
+    def answer(self) -> list[Segment]:
+        """What has been added to the document."""
+        return self.document[self.prompt :]
+
+    @property
+    def lanes(self) -> int:
+        """How many it needs at most."""
+        return 1 if self.mode == "text" else 1 + others_of(self.sampling)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it draws, and all that its image stands on is cached."""
+        return self.z is not None and all(b.settled == self.final(b) for b in self.branches())
+
     def branches(self) -> list[Branch]:
-        """The lanes that it computes now."""
+        """Those that it computes now."""
         return [self.main, *self.guiding]
 
     def final(self, branch: Branch) -> int:
         """How many positions of a branch are final: all but those of an image that is not finished."""
         if self.z is not None:
-            return len(branch.sequence) - len(self.z) - 1
+            return branch.length - len(self.z) - 1
         if self.coded is not None:
-            return len(branch.sequence) - (self.document[-1].codes.size - self.coded) - 1
-        return len(branch.sequence)
+            return branch.length - (self.document[-1].codes.size - self.coded) - 1
+        return branch.length
+
+    def end_text(self):
+        """Puts the text that was being written into the document."""
+        if self.ids:
+            self.document.append(Text(np.array(self.ids)))
+            self.ids = []
 
 
-def allowed(r: Request, sampling: SampleConfig, fmt: Format, limit: int, n: int) -> Tensor:
+def allowed(r: Request, fmt: Format, limit: int, n: int) -> Tensor:
     """Bool [n]: the tokens that may come next; `limit` is the number of positions that a document may have."""
-    tokens, special = torch.zeros(n, dtype=torch.bool), fmt.special
     if r.coded is not None:
-        tokens[fmt.first_code : fmt.first_code + fmt.codes] = True
-    elif r.sides is not None:  # so many that the image, of one column at least, ends within the row
-        before = len(r.main.sequence) - 1 - len(r.sides)
-        for side in range(1, fmt.sides + 1):
-            grid = (*r.sides, side) if r.sides else (side, 1)
-            tokens[fmt.side(side)] = before + image_length(grid, fmt) <= limit
-    else:
-        tokens[: fmt.text_tokens] = True
-        tokens[[special.pad, special.bos, special.eoi, special.patch]] = False
-        room = len(r.main.sequence) + image_length(r.grid or (1, 1), fmt) <= limit
-        tokens[special.boi] = r.mode != "text" and r.drawn < sampling.max_images and room
+        return codes_allowed(fmt, n)
+    if r.sides is None:
+        room = r.main.length + image_length(r.grid or (1, 1), fmt) <= limit
+        return text_allowed(fmt, n, r.mode != "text" and r.drawn < r.sampling.max_images and room)
+    tokens = torch.zeros(n, dtype=torch.bool)  # so many that the image, of one column at least, ends within the row
+    before = r.main.length - 1 - len(r.sides)
+    for side in range(1, fmt.sides + 1):
+        grid = (*r.sides, side) if r.sides else (side, 1)
+        tokens[fmt.side(side)] = before + image_length(grid, fmt) <= limit
+    return tokens
+
+
+@cache
+def codes_allowed(fmt: Format, n: int) -> Tensor:
+    """Bool [n]: the codes."""
+    tokens = torch.zeros(n, dtype=torch.bool)
+    tokens[fmt.first_code : fmt.first_code + fmt.codes] = True
+    return tokens
+
+
+@cache
+def text_allowed(fmt: Format, n: int, image: bool) -> Tensor:
+    """Bool [n]: text, `<eos>` and, with `image`, `<boi>`."""
+    tokens, special = torch.zeros(n, dtype=torch.bool), fmt.special
+    tokens[: fmt.text_tokens] = True
+    tokens[[special.pad, special.bos, special.eoi, special.patch]] = False
+    tokens[special.boi] = image
     return tokens
 
 

@@ -37,7 +37,8 @@ class TrainConfig:
     accumulate: int = 1
     image_weight: float = 5.0  # lambda
     z_loss: float = 0.0  # weight of log^2 Z of the text head, which keeps its logits from drifting (Chameleon: 1e-5)
-    precision: str = "auto"  # bf16 = autocast with fp32 master weights; auto = bf16 where the hardware multiplies it
+    # bf16 = autocast with fp32 master weights; an engine samples with bf16 ones; auto = bf16 where the hardware has it
+    precision: str = "auto"
     compile: bool = False  # torch.compile, block by block
     log_every: int = 10  # steps, as all that follow; 0 = never
     sample_every: int = 0

@@ -176,11 +176,13 @@ def unpatchify(patches: np.ndarray, k: int, h: int, w: int) -> np.ndarray:
     return patches.reshape(h // k, w // k, k, k, c).transpose(4, 0, 2, 1, 3).reshape(c, h, w)
 
 
-def lay_out(document: Iterable[Segment], fmt: Format) -> Sequence:
-    """The sequence of a document: text as it is, each image as `<boi> patches <eoi>`, or as codes between the two."""
+def lay_out(document: Iterable[Segment], fmt: Format, at: int = 0) -> Sequence:
+    """The sequence of a document: text as it is, each image as `<boi> patches <eoi>`, or as codes between the two.
+
+    Where it goes on with another document, `at` is the place behind that one's last position.
+    """
     special = fmt.special
     tokens, learn, image, hidden, place, patches, grids, t_max = [], [], [], [], [], [], [], []
-    at = 0
 
     def add(ids, learned: bool, coordinates=None, number: int = NONE, hide: bool = False):
         """Appends positions; by themselves they are text, numbered from `at` on."""

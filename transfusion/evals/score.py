@@ -29,7 +29,9 @@ def forward(engine: Engine, batch: Batch, z: Tensor, t: Tensor) -> tuple[Tensor,
     """(logits [M, V], predictions [N, P]), float32, of a batch whose patches are z [N, P] at the levels t [I]."""
     # of any length, unlike the block mask of training
     mask = dense_mask(batch.document, batch.image, batch.hidden, not engine.config.model.causal_images)
-    with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
+    # a CPU's likelihoods stay those of float32, whether or not it has products of bfloat16
+    half = engine.device.type != "cpu" and engine.dtype != torch.float32
+    with torch.autocast(engine.device.type, engine.dtype, enabled=half):
         logits, predictions = engine.model(
             batch.tokens, batch.place, mask, z, t, batch.patch_image, batch.grids, batch.patch_at, batch.text_at
         )

@@ -44,7 +44,7 @@ class LinearPatches(nn.Module):
     def encode(self, z: Tensor, t: Tensor, patch_image: Tensor, grid: Tensor, grids: Grids) -> tuple[Tensor, None]:
         """([N, D] embeddings of noisy patches z [N, P], no skips); t [I] in [0, 1] and grids [I] (rows, columns) of
         each image, patch_image [N] and grid [N, 2] the image, row and column of each patch."""
-        c = nn.functional.silu(self.time1(sinusoid(1000 * t, N_FREQUENCIES)))  # [I, D]
+        c = nn.functional.silu(self.time1(sinusoid(1000 * t, N_FREQUENCIES).to(self.time1.weight.dtype)))  # [I, D]
         h = self.inp(z)
         if self.scale is not None:
             h = h * (1 + self.scale(c)[patch_image])

@@ -68,7 +68,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, path: int) -> Tensor:
         """[..., n_out] of a stream [..., n_in]."""
         own = path == IMAGE and self.image_weight is not None
-        y = F.linear(x, self.image_weight if own else self.weight)
+        weight = self.image_weight if own else self.weight
+        if weight.dtype == torch.bfloat16:  # an engine's; in training autocast chooses
+            x = x.to(weight.dtype)
+        y = F.linear(x, weight)
         A, B = (self.image_lora_A, self.image_lora_B) if path == IMAGE else (self.lora_A, self.lora_B)
         return y if A is None else y + self.scale * F.linear(F.linear(x, A), B)
 

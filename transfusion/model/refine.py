@@ -35,7 +35,7 @@ class Refine(nn.Module):
         return join([self.of_one_size(part, t[at], grid) for grid, at, part in each_size(p, grids)], grids)
 
     def of_one_size(self, p: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
-        time = self.time(sinusoid(1000 * t, N_FREQUENCIES))  # [I, width]
+        time = self.time(sinusoid(1000 * t, N_FREQUENCIES).to(self.time.weight.dtype))  # [I, width]
         x = silu(self.conv_in(fold(p, grid, self.patch_size, FACTOR)) + time[:, :, None, None])
         for conv in self.convs:
             x = x + silu(conv(x))

@@ -164,7 +164,7 @@ class Attention(nn.Module):
         order: Order,
         cos: Tensor,
         sin: Tensor,
-        mask: Mask,
+        mask: Mask | None,
         cache: LayerCache | None,
     ) -> list[Tensor]:
         of_streams = [self.heads(x, path) for path, x in enumerate(streams)]
@@ -208,7 +208,7 @@ class Block(nn.Module):
         order: Order,
         cos: Tensor,
         sin: Tensor,
-        mask: Mask,
+        mask: Mask | None,
         cache: LayerCache | None = None,
     ) -> list[Tensor]:
         if self.post:
@@ -243,7 +243,7 @@ class Transfusion(nn.Module):
         self,
         tokens: Tensor,  # [B, L]
         place: Tensor,  # [B, L, 4] rotary coordinates, row and column
-        mask: Mask,
+        mask: Mask | None,  # None: every position sees all
         z: Tensor,  # [N, P] noisy patches
         t: Tensor,  # [I] noise level of each image
         patch_image: Tensor,  # [N] image of each patch
@@ -254,9 +254,10 @@ class Transfusion(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(logits [M, V], predictions [N, P])."""
         h, skips = self.tok_embeddings(tokens), None  # [B, L, D]
+        dtype = self.output.weight.dtype  # bfloat16 in an engine (precision.py); in training autocast chooses
         if len(z):
             grid = place.flatten(0, 1)[patch_at, 2:]
-            patches, skips = self.patches.encode(z, t, patch_image, grid, grids)
+            patches, skips = self.patches.encode(z.to(dtype), t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
         cos, sin = angles(place, self.config.head_dim, self.config.rope_base)
         order = Order(tokens.shape, patch_at if self.config.sorts else None)
@@ -265,8 +266,10 @@ class Transfusion(nn.Module):
             streams = layer(streams, order, cos, sin, mask, None if cache is None else cache[i])
         h = order.join(streams).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
-        logits = self.output(self.norm(h[text_at], TEXT))
-        p = z if self.patches is None else self.patches.decode(self.norm(h[patch_at], IMAGE), skips, t, grids)
+        logits = self.output(self.norm(h[text_at], TEXT).to(dtype))
+        p = z
+        if self.patches is not None:
+            p = self.patches.decode(self.norm(h[patch_at], IMAGE).to(dtype), skips, t, grids)
         if self.refine is not None and len(z):
             p = p + self.refine(p, t, grids)
         return logits, p

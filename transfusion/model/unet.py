@@ -70,7 +70,7 @@ class UNetPatches(nn.Module):
 
     def embed(self, t: Tensor) -> Tensor:
         """[I, C] of noise levels t [I]."""
-        return silu(self.time(sinusoid(1000 * t, N_FREQUENCIES)))
+        return silu(self.time(sinusoid(1000 * t, N_FREQUENCIES).to(self.time.weight.dtype)))
 
     def encode(
         self, z: Tensor, t: Tensor, patch_image: Tensor, grid: Tensor, grids: Grids
