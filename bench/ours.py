@@ -13,7 +13,7 @@ import torch
 from clock import Clock, peak_flops
 from content import Case, Document, content, prompts
 
-from transfusion import generate, train
+from transfusion import batching, train
 from transfusion.codec.codec import Codec
 from transfusion.config import load_config
 from transfusion.data.documents import DataConfig
@@ -110,10 +110,7 @@ def engine_of(case: Case) -> Engine:
     model = build_model(config.model, case.device).eval()
     tokenizer = SimpleNamespace(special=fmt.special, vocab_size=fmt.text_tokens)
     codec = Codec("latents", case.channels, 1, None, encode=lambda x: x, decode=lambda x: x)
-    engine = Engine(model, tokenizer, config, codec)
-    # on a CPU it samples in float32 whatever the run trained in; the case says what is measured
-    engine.dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    return engine
+    return Engine(model, tokenizer, config, codec)
 
 
 def open_prompts(case: Case, i: int) -> list[list[Segment]]:
@@ -139,16 +136,16 @@ def drawing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
 def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """`new` tokens behind each of the prompts; fresh weights may not end a text before."""
     engine = engine_of(case)
-    sampling, allowed = SampleConfig(guidance=1.0, max_tokens=case.new, batch=case.batch), generate.allowed
+    sampling, allowed = SampleConfig(guidance=1.0, max_tokens=case.new, batch=case.batch), batching.allowed
 
     def without_end(*arguments) -> torch.Tensor:
-        tokens = allowed(*arguments)
+        tokens = allowed(*arguments).clone()
         tokens[engine.fmt.special.eos] = False
         return tokens
 
     def repeat(i: int):
         documents = open_prompts(case, i)
-        with clock("write"), patch.object(generate, "allowed", without_end):
+        with clock("write"), patch.object(batching, "allowed", without_end):
             written = engine.complete(documents, "text", i, sampling)
         assert [len(x.ids) for (x,) in written] == [case.new] * case.batch
 

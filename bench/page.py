@@ -60,7 +60,7 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
   best product of square matrices in the same process, just after.
 - Where the time goes: seconds are the profiler's, "least s" what FLOPs over the peak or bytes over the bandwidth of a
   large copy take, whichever is more, and "reached" the one over the other (`bench/operators.py`).
-- Drawing and writing on a CPU: `Engine` computes in fp32 there; bf16 is measured beside it for both.
+- Drawing and writing on a CPU: `Engine` computes in the precision of the case; both are measured, for each arm.
 """
 
 

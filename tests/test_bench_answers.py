@@ -17,7 +17,7 @@ from operators import CLASSES, REST, class_of, profiled
 from questions import QUESTIONS
 from test_bench_content import TINY
 
-from transfusion import generate, train
+from transfusion import batching, train
 from transfusion.config import override
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import build_model
@@ -109,13 +109,13 @@ def test_drawing_answers_with_an_image_a_prompt(precision, guidance):
 
 @pytest.mark.parametrize("image", [False, True])
 def test_writing_answers_with_all_the_tokens_asked_for(image, monkeypatch):
-    monkeypatch.setattr(generate, "pick", lambda logits, *_: int(logits.argmax()))
+    monkeypatch.setattr(batching, "pick", lambda logits, *_: int(logits.argmax()))
     eos, seen = ours.format_of(TINY).special.eos, []
     engine_of = ours.engine_of
 
     def eager_to_end(case):
         engine = engine_of(case)
-        forward = engine.forward
+        forward = engine.batching.forward
 
         def with_end(*arguments):
             logits, p = forward(*arguments)
@@ -123,7 +123,7 @@ def test_writing_answers_with_all_the_tokens_asked_for(image, monkeypatch):
             seen.append(len(logits))
             return logits, p
 
-        engine.forward = with_end
+        engine.batching.forward = with_end
         return engine
 
     monkeypatch.setattr(ours, "engine_of", eager_to_end)

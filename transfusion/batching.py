@@ -72,7 +72,7 @@ class Batching:
             if not self.running:
                 self.forget()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: see docs/log.md, 2026-11-22
     def step(self) -> list[Request]:
         """The requests that came to their ends by one step more for everyone."""
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
