@@ -98,6 +98,13 @@ def test_an_error_on_the_way_leaves_the_engine_empty():
     assert not engine.batching.running and not engine.batching.waiting and engine.batching.lanes is None
 
 
+def test_an_image_whose_size_cannot_be_written_is_refused_before_it_stands_beside_others():
+    engine = engine_of(seq_len=60, **OPTIONS["all"], sides=3)
+    with pytest.raises(ValueError, match="a side of 4 patches cannot be written"):
+        engine.request(engine.open(["a"]), "draw", 0, SAMPLE, (4, 1))
+    assert engine.request(engine.open(["a"]), "draw", 0, SAMPLE, (3, 1)).grid == (3, 1)
+
+
 def test_images_as_codes_are_written_beside_text_as_alone():
     def answers(which):
         engine = code_engine(seq_len=60)

@@ -79,6 +79,16 @@ def test_branches_that_move_side_by_side_take_along_all_that_they_have_and_few_m
     assert (grown.cache.k[0][a.lane, :, : a.length] == 1).all() and grown.take([]).lane == 4
 
 
+def test_a_lane_that_is_taken_again_holds_nothing_of_who_had_it_before():
+    lanes = lanes_of()
+    branch = lanes.take([])
+    for x in (*lanes.cache.k, *lanes.cache.v):
+        x[branch.lane] = torch.nan  # of a drawing that diverged
+    lanes.release([branch])
+    assert lanes.take([]).lane == branch.lane
+    assert all((x[branch.lane] == 0).all() for x in (*lanes.cache.k, *lanes.cache.v))
+
+
 def test_neighbouring_lanes_are_read_where_they_are_and_others_as_a_copy_of_the_same():
     cache = Cache(1, 5, 2, 7, 4, device="cpu", dtype=torch.float32)
     cache.k[0].normal_(), cache.v[0].normal_()

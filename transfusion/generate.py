@@ -192,6 +192,8 @@ class Engine:
         if self.fmt.codes and (sampling.guidance_interval != (0.0, 1.0) or sampling.renormalise):
             raise ValueError("guidance_interval and renormalise are of diffusion: this model writes images as codes")
         what, more, grid = "one token more", 1, grid or self.grid(None)
+        for side in grid or () if self.fmt.sides else ():
+            self.fmt.side(side)  # refuses one that cannot be written, before others are under way beside it
         if mode == "draw":
             what, more = "the image to draw", image_length(grid or (1, 1), self.fmt)
         n = len(lay_out(document, self.fmt))

@@ -66,6 +66,8 @@ class Lanes:
         lane = next(lane for lane in range(self.n) if lane not in self.held)
         self.held.add(lane)
         self.image[lane] = NONE
+        for x in (*self.cache.k, *self.cache.v):
+            x[lane].zero_()  # a number that is not one would come through any mask
         branch = Branch(lane)
         self.append(branch, document)
         return branch
