@@ -61,11 +61,12 @@ def cases(engine: Engine):
             answer(("text", "draw")[i % 2], [prompt])()
 
     def together():
+        batching = engine.batching()
         for i, prompt in enumerate(prompts):
-            engine.submit(engine.request(prompt, ("text", "draw")[i % 2], i, engine.config.sample))
+            batching.submit(engine.request(prompt, ("text", "draw")[i % 2], i, engine.config.sample))
         left = len(prompts)
         while left:
-            left -= len(engine.step())
+            left -= len(batching.step())
 
     for n in (1, 16):
         yield f"write 64 tokens, batch {n}", answer("text", prompts[:n])

@@ -115,7 +115,8 @@ def test_writing_answers_with_all_the_tokens_asked_for(image, monkeypatch):
 
     def eager_to_end(case):
         engine = engine_of(case)
-        forward = engine.batching.forward
+        company = engine.batching()
+        forward = company.forward
 
         def with_end(*arguments):
             logits, p = forward(*arguments)
@@ -123,7 +124,8 @@ def test_writing_answers_with_all_the_tokens_asked_for(image, monkeypatch):
             seen.append(len(logits))
             return logits, p
 
-        engine.batching.forward = with_end
+        company.forward = with_end
+        engine.batching = lambda: company
         return engine
 
     monkeypatch.setattr(ours, "engine_of", eager_to_end)

@@ -101,7 +101,7 @@ def test_neighbouring_lanes_are_read_where_they_are_and_others_as_a_copy_of_the_
         assert torch.equal(k[0, :, 1:4], new[0]) and torch.equal(v[1, :, 4:6], -new[1, :, :2])
 
 
-def test_a_model_in_half_precision_is_a_copy_whose_norms_and_embeddings_stay_in_full():
+def test_a_model_in_half_precision_has_matrices_of_its_own_and_shares_norms_and_embeddings():
     model = random_model(refine_width=4)
     assert at_precision(model, torch.float32) is model
     half = at_precision(model, torch.bfloat16)
@@ -109,3 +109,4 @@ def test_a_model_in_half_precision_is_a_copy_whose_norms_and_embeddings_stay_in_
     assert full == {n for n, _ in model.named_parameters() if "norm" in n or n.startswith("tok_embeddings")}
     for (name, p), q in zip(model.named_parameters(), half.parameters(), strict=True):
         assert p.dtype == torch.float32 and torch.equal(p.to(q.dtype), q), name
+        assert (p is q) == (name in full), name

@@ -158,7 +158,7 @@ def test_a_loaded_engine_samples_as_the_run_says_unless_told_otherwise(run):
 def test_a_model_is_sampled_in_the_precision_asked_for_else_in_the_runs_own(run):
     own, full, half = load(run, "cpu"), load(run, "cpu", "fp32"), load(run, "cpu", "bf16")
     assert own.config.train.precision == "fp32" and own.draw(["picture"]) == full.draw(["picture"])
-    matrices = [engine.batching.model.layers[0].attention.wq.weight.dtype for engine in (own, full, half)]
+    matrices = [engine.sampled.layers[0].attention.wq.weight.dtype for engine in (own, full, half)]
     assert matrices == [torch.float32, torch.float32, torch.bfloat16]
     assert half.model.layers[0].attention.wq.weight.dtype == torch.float32, "likelihoods are scored in full precision"
     a, b = (np.asarray(engine.draw(["picture"])[0], int) for engine in (full, half))

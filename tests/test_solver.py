@@ -176,7 +176,7 @@ def test_guidance_of_one_is_the_condition_and_of_zero_its_absence():
 def test_renormalising_takes_an_image_down_to_the_norm_of_the_condition_and_never_up():
     image_of = torch.tensor([0, 0, 1, 1, 1])
     cond, guided = noise(5, 4), noise(5, 4, seed=1) * torch.tensor([3, 3, 0.1, 0.1, 0.1])[:, None]
-    found = renormalised(guided, cond, image_of)
+    found = renormalised(guided, cond, image_of, 2)
     torch.testing.assert_close(found[:2].norm(), cond[:2].norm())
     torch.testing.assert_close(found[:2] / guided[:2], (cond[:2].norm() / guided[:2].norm()).expand(2, 4))
     assert torch.equal(found[2:], guided[2:])

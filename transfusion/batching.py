@@ -13,6 +13,7 @@ one, as text, with guidance on the logits; one that writes sizes does so before 
 """
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 
@@ -50,6 +51,7 @@ class Batching:
         self.fmt, self.codec, self.diffusion, self.limit = fmt, codec, diffusion, limit
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.ended: list[Request] = []  # in this step
         self.forget()
 
     def forget(self):
@@ -62,46 +64,77 @@ class Batching:
         self.waiting.append(r)
 
     def cancel(self, r: Request):
-        """Drops a request, wherever it stands."""
+        """Drops a request, wherever it stands; its answer is what it had finished."""
         if r in self.waiting:
             self.waiting.remove(r)
         elif r in self.running:
             self.running.remove(r)
+            r.close()
             if r.main is not None:
                 self.lanes.release(r.branches())
             if not self.running:
                 self.forget()
 
+    def end(self, r: Request, error: Exception | None = None):
+        """Brings a request to its end, which `step` tells."""
+        r.done, r.error = True, error
+        self.cancel(r)
+        self.ended.append(r)
+
     @torch.no_grad()  # not inference_mode: see docs/log.md, 2026-11-22
     def step(self) -> list[Request]:
-        """The requests that came to their ends by one step more for everyone."""
+        """The requests that came to their ends by one step more for everyone.
+
+        Where one cannot go on, its end has an `error`, and the others go on; where a step fails that they share, it is
+        the end of all that are under way, and the next ones take their turn. Not to be called from two threads at once.
+        """
+        self.ended = []
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
         with torch.compiler.set_stance("force_eager") if self.model.compiled else nullcontext():
-            self.admit()
-            self.settle()
-            self.draw()
-        done = [r for r in self.running if r.done]
-        for r in done:
-            r.end_text()
-            self.cancel(r)
-        return done
+            try:
+                self.admit()
+                self.settle()
+                self.draw()
+            except Exception as error:
+                for r in list(self.running):
+                    self.end(r, None if r.done else error)
+        for r in [r for r in self.running if r.done]:
+            self.end(r)
+        return self.ended
+
+    def alone(self, r: Request, part: Callable, *args):
+        """Carries on one request; an error is its own."""
+        try:
+            part(r, *args)
+        except Exception as error:
+            self.end(r, error)
 
     def admit(self):
         """Gives lanes to those that wait, in their order, while there is room."""
         new: list[Request] = []
-        while self.waiting and len(self.running) < self.waiting[0].sampling.batch:
+        while self.waiting and self.room([*self.running, *new, self.waiting[0]]):
             new.append(self.waiting.popleft())
-            self.running.append(new[-1])
         if not new:
             return
-        n, slots = sum(r.lanes for r in self.running), max(r.slots for r in (*self.running, *self.waiting))
-        if self.lanes is None:
-            self.lanes = Lanes(self.model, self.fmt, self.dtype, n, slots)
-        self.lanes = self.lanes.grown(n, slots)
+        self.running += new
+        n, slots = sum(r.lanes for r in self.running), max(r.slots for r in self.running)
+        try:
+            if self.lanes is None:
+                self.lanes = Lanes(self.model, self.fmt, self.dtype, n, slots)
+            self.lanes = self.lanes.grown(n, slots)
+        except Exception as error:  # no memory left: those that were under way before have theirs
+            for r in new:
+                self.end(r, error)
+            return
         for r in new:
             r.main = self.lanes.take(r.document)
             if r.mode == "draw":
-                self.open_image(r)
+                self.alone(r, self.open_image)
+
+    @staticmethod
+    def room(requests: Seq[Request]) -> bool:
+        """Whether so many may be under way together: no more than any of them allows."""
+        return len(requests) <= min(r.sampling.batch for r in requests)
 
     # ---- writing ----
 
@@ -121,14 +154,14 @@ class Batching:
             logits |= zip([group[i].branch for i in asked], found.float().cpu())
             for s in group:
                 s.branch.settled = s.stop
-        for r in self.running:
-            if r.main in logits:
-                of_branches = [logits[b] for b in r.branches()]
-                self.write(r, guide(torch.stack(of_branches), r.weights) if r.guiding else of_branches[0])
+        for r in [r for r in self.running if r.main in logits]:
+            of_branches = [logits[b] for b in r.branches()]
+            self.alone(r, self.write, guide(torch.stack(of_branches), r.weights) if r.guiding else of_branches[0])
 
     def write(self, r: Request, logits: Tensor):
         """Draws a request's next token from logits [V] and does what it says."""
         special, fmt = self.fmt.special, self.fmt
+        numbers(logits)
         logits = logits.masked_fill(~allowed(r, fmt, self.limit, len(logits)), -torch.inf)
         token = pick(logits, r.sampling, r.random)
         if r.coded is not None:
@@ -176,7 +209,8 @@ class Batching:
         else:
             r.noise = torch.randn(r.main.images[-1].patches.shape, generator=r.random).to(self.device)
             # where nothing bounds x, a little later than at pure noise
-            r.times = timesteps(r.sampling.steps, r.sampling.t_shift).clamp(max=1.0 if self.codec.limit else START)
+            times = timesteps(r.sampling.steps, r.sampling.t_shift).clamp(max=1.0 if self.codec.limit else START)
+            r.times = times.to(self.device)
             r.z, r.step = r.noise, 0
 
     def canvas(self, grid: Size) -> Image | Codes:
@@ -214,11 +248,12 @@ class Batching:
             draw_step(plan, self.predictions, self.diffusion, self.codec.limit)
             for r in group:
                 if r.step == r.sampling.steps:
-                    self.finish_image(r)
+                    self.alone(r, self.finish_image)
 
     def finish_image(self, r: Request):
         """The drawn image stands in the document; `settle` will encode it clean before the text goes on."""
         if r.z is not None:
+            numbers(r.z)
             patches, blank = r.z.float().cpu().numpy(), r.document.pop().latents
             drawn = unpatchify(patches, self.fmt.patch_size, *blank.shape[1:])
             r.document.append(Image(np.ascontiguousarray(drawn)))
@@ -241,3 +276,9 @@ class Batching:
     def predictions(self, chunk: Chunk, z: Tensor, t: Tensor) -> Tensor:
         """[M, P] float32, of a chunk of images."""
         return self.forward(chunk, z, t, chunk.last[:0])[1].float()
+
+
+def numbers(x: Tensor):
+    """Raises ValueError where the model's answer x is none."""
+    if x.isnan().any():
+        raise ValueError("the model answers with nan: its training went astray, take an earlier checkpoint")

@@ -33,7 +33,7 @@ class Plan:
     source: Tensor  # [M] which of the N each patch of the chunk is
     first: Tensor  # [images of the chunk] the first of the N that each shows
     weights: Tensor  # [M] how much a branch counts
-    main: Tensor  # [M] bool: of the conditional branches
+    main: Tensor  # [N] which of the M is the patch in the conditional branch
     interval: tuple[Tensor, Tensor]  # each [N, 1]: where guidance begins and where it ends
     renormalise: Tensor | None  # [N, 1] bool; None: nobody wants it
 
@@ -66,6 +66,7 @@ def plan_of(requests: Seq[Request], rows: Seq[Canvas], chunk: Chunk) -> Plan:
     main = torch.tensor([c.branch == 0 for c in rows])
     image_of = torch.repeat_interleave(torch.arange(len(requests)), sizes)
     weights, main = (torch.repeat_interleave(x, sizes[owner]) for x in (weights, main))
+    main = main.nonzero()[:, 0]  # the requests are in the order of their main lanes, so in that of the N
     settings = [(*r.sampling.guidance_interval, r.sampling.renormalise) for r in requests]
     low, high, renormalise = (torch.tensor(x)[image_of, None].to(device) for x in zip(*settings))
     tensors = (x.to(device) for x in (image_of, source, first[owner], weights, main))
@@ -89,9 +90,9 @@ def draw_step(plan: Plan, forward: Forward, diffusion: DiffusionConfig, clip: fl
         guided = torch.where((low <= t) & (t <= high), guided, cond)
         if plan.renormalise is None:
             return guided
-        return torch.where(plan.renormalise, renormalised(guided, cond, plan.image_of), guided)
+        return torch.where(plan.renormalise, renormalised(guided, cond, plan.image_of, len(requests)), guided)
 
-    now = torch.stack([r.times[r.step : r.step + 2] for r in requests]).to(device)[plan.image_of]  # [N, 2]
+    now = torch.stack([r.times[r.step : r.step + 2] for r in requests])[plan.image_of]  # [N, 2]
     t, t_next = now[:, :1], now[:, 1:]
     denoise = denoiser_from(predict, diffusion.prediction, schedule, clip, diffusion.data_variance)
     z, noise = torch.cat([r.z for r in requests]), None

@@ -170,12 +170,15 @@ class Engine:
     # ---- requests ----
 
     @cached_property
+    def sampled(self) -> Transfusion:
+        """The model at the precision of the products, with the weights of now: they do not follow further training."""
+        return at_precision(self.model, self.dtype)
+
     def batching(self) -> Batching:
-        """What carries requests on, with the weights that the model has when it is first asked for."""
-        model = at_precision(self.model, self.dtype)
+        """Nothing yet; what is submitted to it is carried on together. A server keeps one, and calls its `step`."""
         # keys and values stay float32 on a CPU, whose attention to few queries is slower in bfloat16
         cached = torch.float32 if self.device.type == "cpu" else self.dtype
-        return Batching(model, self.fmt, self.codec, self.config.diffusion, self.limit, cached)
+        return Batching(self.sampled, self.fmt, self.codec, self.config.diffusion, self.limit, cached)
 
     def request(
         self,
@@ -191,34 +194,23 @@ class Engine:
             raise ValueError(f"mode = {mode!r}: choose one of {', '.join(MODES)}")
         if self.fmt.codes and (sampling.guidance_interval != (0.0, 1.0) or sampling.renormalise):
             raise ValueError("guidance_interval and renormalise are of diffusion: this model writes images as codes")
-        what, more, grid = "one token more", 1, grid or self.grid(None)
+        grid = grid or self.grid(None)
+        image = image_length(grid, self.fmt) if grid else self.limit  # at most
+        what, least = "one token more", 1
         for side in grid or () if self.fmt.sides else ():
             self.fmt.side(side)  # refuses one that cannot be written, before others are under way beside it
         if mode == "draw":
-            what, more = "the image to draw", image_length(grid or (1, 1), self.fmt)
+            what, least = "the image to draw", image_length(grid or (1, 1), self.fmt)
         n = len(lay_out(document, self.fmt))
-        if n + more > self.limit:
+        if n + least > self.limit:
             raise ValueError(
-                f"prompt and {what} take {n + more} positions, the model has {self.limit}: shorten the prompt"
+                f"prompt and {what} take {n + least} positions, the model has {self.limit}: shorten the prompt"
                 + " or draw a smaller image" * (mode == "draw")
             )
-        if mode != "draw":
-            more = sampling.max_tokens + sampling.max_images * (image_length(grid, self.fmt) if grid else 0)
-        slots = min(n + more, self.limit) if grid else self.limit
-        random = torch.Generator().manual_seed(seed)
+        text = sampling.max_tokens
+        most = {"draw": image, "text": text, "auto": text + sampling.max_images * image}[mode]
+        slots, random = min(n + most, self.limit), torch.Generator().manual_seed(seed)
         return Request(list(document), len(document), mode, grid, known, random, sampling, slots)
-
-    def submit(self, request: Request):
-        """Lets a request wait for its turn; `step` carries it on beside all others."""
-        self.batching.submit(request)
-
-    def cancel(self, request: Request):
-        """Drops a request, if it has not come to its end."""
-        self.batching.cancel(request)
-
-    def step(self) -> list[Request]:
-        """The requests that came to their ends by one step more of all that are under way."""
-        return self.batching.step()
 
     def complete(
         self,
@@ -236,14 +228,13 @@ class Engine:
             raise ValueError(f"{len(seeds)} seeds for {n} prompts: give one number, or one for each")
         each = zip(documents, seeds, grids or [None] * n, known or [None] * n, strict=True)
         requests = [self.request(d, mode, s, sampling, grid, k) for d, s, grid, k in each]
+        batching = self.batching()
         for r in requests:
-            self.submit(r)
-        try:
-            while not all(r.done for r in requests):
-                self.step()
-        finally:
-            for r in requests:
-                self.cancel(r)
+            batching.submit(r)
+        while not all(r.done for r in requests):
+            for r in batching.step():
+                if r.error:
+                    raise r.error
         return [r.answer for r in requests]
 
 

@@ -51,7 +51,8 @@ class Lanes:
 
     def grown(self, n: int, slots: int) -> "Lanes":
         """These lanes with room for so many and so long sequences, at least as before."""
-        n, slots = max(n, self.n), max(slots, self.slots)
+        # twice as many as before: sequences that come one by one shall not each have all of the memory copied
+        n, slots = max(n, 2 * self.n) if n > self.n else self.n, max(slots, self.slots)
         if (n, slots) == (self.n, self.slots):
             return self
         new = Lanes(self.model, self.fmt, self.dtype, n, slots)

@@ -53,6 +53,7 @@ class Request:
     written: int = 0  # tokens
     drawn: int = 0  # images
     done: bool = False
+    error: Exception | None = None  # why it came to its end too early
 
     @property
     def answer(self) -> list[Segment]:
@@ -86,6 +87,13 @@ class Request:
         if self.ids:
             self.document.append(Text(np.array(self.ids)))
             self.ids = []
+
+    def close(self):
+        """Leaves in the document what is finished."""
+        self.end_text()
+        if self.z is not None or self.coded is not None:
+            self.document.pop()
+            self.z = self.coded = None
 
 
 def allowed(r: Request, fmt: Format, limit: int, n: int) -> Tensor:

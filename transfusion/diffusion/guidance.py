@@ -16,14 +16,12 @@ def branch_weights(text: float, image: float = 1.0) -> tuple[float, float, float
     return text, image - text, 1.0 - image
 
 
-def renormalised(guided: Tensor, cond: Tensor, image_of: Tensor) -> Tensor:
+def renormalised(guided: Tensor, cond: Tensor, image_of: Tensor, n: int) -> Tensor:
     """guided [N, P], each image's patches scaled down to the norm of its cond (BAGEL, 2505.14683, global renorm).
 
-    `image_of` [N] numbers the image of each patch from 0 on. Large scales overdrive contrast; this takes it back.
+    `image_of` [N] says which of the n images each patch is of. Large scales overdrive contrast; this takes it back.
     """
-    energies = [
-        guided.new_zeros(int(image_of[-1]) + 1).index_add(0, image_of, p.square().sum(1)) for p in (cond, guided)
-    ]
+    energies = [guided.new_zeros(n).index_add(0, image_of, p.square().sum(1)) for p in (cond, guided)]
     scale = (energies[0] / energies[1].clamp(min=1e-12)).sqrt().clamp(max=1.0)
     return guided * scale[image_of, None]
 

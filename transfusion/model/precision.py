@@ -7,18 +7,21 @@ float32    embeddings, norms, the residual stream between the layers, rotary ang
 from copy import deepcopy
 
 import torch
+from torch.nn import Parameter
 
 from transfusion.model.paths import Linear
 from transfusion.model.transformer import Transfusion
 
 
 def at_precision(model: Transfusion, dtype: torch.dtype) -> Transfusion:
-    """The model with its products in `dtype`: itself in float32, else a copy."""
+    """The model with its products in `dtype`: itself in float32, else one with its own matrices, the rest shared."""
     if dtype == torch.float32:
         return model
-    model = deepcopy(model)
-    of_layers = [module for module in model.layers.modules() if isinstance(module, Linear)]
-    for module in (model.output, model.patches, model.refine, *of_layers):
-        if module is not None:
-            module.to(dtype)
-    return model
+    linear = [module for module in model.layers.modules() if isinstance(module, Linear)]
+    halved = [module for module in (model.output, model.patches, model.refine, *linear) if module is not None]
+    # what deepcopy finds here it does not copy: no second copy in float32 is made on the way
+    known = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    for module in halved:
+        known |= {id(p): Parameter(p.to(dtype), p.requires_grad) for p in module.parameters()}
+        known |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
+    return deepcopy(model, known)
