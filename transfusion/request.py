@@ -139,7 +139,10 @@ def pick(logits: Tensor, sampling: SampleConfig, random: torch.Generator) -> int
     """A token id from logits [V]: greedy at temperature 0, else from the top-k of the nucleus (1904.09751)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    p, ids = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
-    keep = p.cumsum(0) - p < sampling.top_p  # the smallest set that reaches top_p
-    keep[sampling.top_k or len(p) :] = False
-    return int(ids[torch.multinomial(p * keep, 1, generator=random)])
+    p = torch.softmax(logits / sampling.temperature, -1)
+    if sampling.top_p < 1 or sampling.top_k:
+        ordered, ids = p.sort(descending=True, stable=True)
+        keep = ordered.cumsum(0) - ordered < sampling.top_p  # the smallest set that reaches top_p
+        keep[sampling.top_k or len(p) :] = False
+        p = torch.zeros_like(p).index_copy(0, ids, ordered * keep)
+    return int(torch.multinomial(p, 1, generator=random))
