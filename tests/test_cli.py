@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +100,9 @@ def test_sampling_options_and_the_seed_decide_what_is_drawn(trained, tmp_path):
     assert not np.array_equal(plain, drawn("steps", "--steps", "5"))
     assert not np.array_equal(plain, drawn("guidance", "--guidance", "1"))
     assert not np.array_equal(plain, drawn("solver", "--solver", "heun"))
+    unguided, never = drawn("unguided", "--guidance", "1"), drawn("never", "--guidance-interval", "0", "0")
+    assert np.abs(unguided.astype(int) - never).max() <= 1
+    assert not np.array_equal(plain, drawn("renormalised", "--renormalise"))
 
 
 def test_mode_text_writes_text_and_no_file(trained, tmp_path, capsys):
@@ -118,6 +122,24 @@ def test_mode_auto_prints_what_the_engine_answers(trained, tmp_path, capsys):
     answers = load(trained, "cpu").generate(prompts, mode="auto", seed=3)
     assert all(part in out for answer in answers for part in answer if isinstance(part, str))
     assert len(list(tmp_path.iterdir())) == sum(not isinstance(part, str) for answer in answers for part in answer)
+
+
+def test_images_stand_before_each_prompt_in_their_order(trained, config, tmp_path, capsys):
+    files = sorted((config.parent / "pictures").glob("*.png"))[:2]
+    given = [option for file in files for option in ("--image", str(file))]
+    assert main(["generate", str(trained), "a", "b c", *given, "--mode", "text", "--temperature", "0"]) == 0
+    prompts = [[*map(Image.open, files), prompt] for prompt in ("a", "b c")]
+    answers = load(trained, "cpu").generate(prompts, mode="text", temperature=0)
+    said = (f"{prompt[-1]}:\n" + "".join(f"  {part}\n" for part in answer) for prompt, answer in zip(prompts, answers))
+    assert capsys.readouterr().out == "".join(said)
+
+
+def test_options_of_several_images_and_of_an_interval_reach_the_engine(monkeypatch):
+    asked = []
+    engine = SimpleNamespace(generate=lambda prompts, **options: asked.append(options) or [[] for _ in prompts])
+    monkeypatch.setattr(cli, "load", lambda *_: engine)
+    assert main(["generate", "any", "x", "--max-images", "3", "--guidance-interval", "0.1", "0.8"]) == 0
+    assert asked[0]["max_images"] == 3 and asked[0]["guidance_interval"] == (0.1, 0.8)
 
 
 def test_caption_says_a_line_for_each_image_as_the_engine_does(trained, config, capsys):

@@ -80,6 +80,22 @@ def test_an_engine_that_draws_what_is_wanted_is_right_in_every_number(corpus):
     assert "Edits" in table(found) and "100.0 %" in table(found)
 
 
+@pytest.mark.parametrize("conditioning", ["noised", "clean"])
+def test_an_image_that_is_learned_itself_is_given_clean_and_once(corpus, conditioning):
+    chain = [d._replace(segments=[d.segments[0]._replace(learn=True), *d.segments[1:]])
+             for d in corpus.interleaved.documents["train"] if len(d.segments) == 3]  # fmt: skip
+    learned = replace(
+        corpus,
+        config=replace(corpus.config, conditioning=conditioning),
+        interleaved=replace(corpus.interleaved, documents={"train": chain, "held_out": []}),
+    )
+    assert all(learned.document(d.segments)[0].t_max > 0 for d in chain), "in training it is noised"
+    engine = engine_that(wanted, learned)
+    assert dict(evaluate_editing(engine, learned, EvalConfig()))["editing/train/mse"] == pytest.approx(0, abs=1e-9)
+    for prompt, _ in engine.seen:
+        assert [type(s) for s in prompt] == [Text, Image, Text] and prompt[1].t_max == 0 and not prompt[1].copy
+
+
 def test_an_engine_that_copies_keeps_the_shape_and_misses_the_colour(corpus):
     found = dict(evaluate_editing(engine_that(lambda prompt: Image(prompt[1].latents), corpus), corpus, EvalConfig()))
     assert found["editing/train/mse"] == pytest.approx(found["editing/train/unchanged"])

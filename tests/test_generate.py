@@ -118,6 +118,26 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
 
 
 @options
+def test_what_follows_a_clean_copy_in_training_reads_what_follows_the_image_in_a_prompt(options):
+    engine = engine_of(**options)
+    document = engine.open(["ab", picture(0), "cd"])
+    trained = [replace(s, t_max=1.0, copy=True) if isinstance(s, Image) else s for s in document]
+    s = lay_out(trained, engine.fmt)
+    n, behind = len(s.patches) // 2, 3  # <eoi> c d
+    patches = torch.from_numpy(s.patches)
+    noised = torch.cat([torch.randn(patches[:n].shape), patches[n:]])
+    got, _ = whole(engine, trained, noised, torch.tensor([0.7, 0.0]))
+    close(got[-behind:], whole(engine, document)[0][-behind:])
+
+
+def test_a_document_with_a_noised_copy_is_no_prompt():
+    engine = engine_of()
+    document = [replace(s, t_max=1.0, copy=True) if isinstance(s, Image) else s for s in engine.open([picture(0)])]
+    with pytest.raises(AssertionError, match="given is clean"):
+        engine.complete([document], "text", 0, SAMPLE)
+
+
+@options
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (2.5, 1.0), (2.5, 1.5), (1.0, 2.0)], ids=str)
 @pytest.mark.parametrize("objective", [{"prediction": "v"}, {"prediction": "x0", "data_variance": 0.4}], ids=str)
 def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance, objective):

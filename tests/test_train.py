@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -21,6 +22,7 @@ from test_documents import folder_of_images
 from transfusion import config as configs
 from transfusion import train as loop
 from transfusion.checkpoint import latest_checkpoint, read_state
+from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.loss import Losses
@@ -384,3 +386,15 @@ def test_a_run_whose_init_does_not_fit_or_is_not_there_is_refused(tiny, tmp_path
         train(wider, tmp_path / "second")
     with pytest.raises(ValueError, match="there is no folder"):
         train(replace(tiny, init=str(tmp_path / "nowhere")), tmp_path / "second")
+
+
+def test_latents_keep_the_statistics_of_the_model_that_a_run_begins_with_whatever_the_codecs_name(monkeypatch, capsys):
+    codec = replace(PIXELS, name="elsewhere/codec", key="weights")
+    given = {"latent_mean": (0.1, 0.2, 0.3), "latent_std": (1.0, 2.0, 3.0), "codec_key": "weights"}
+    base = RunConfig(data=DataConfig(codec="a/codec", **given))
+    monkeypatch.setattr(loop, "find", lambda _: SimpleNamespace(config=base))
+    fine_tuned = RunConfig(init="a", data=DataConfig(codec="elsewhere/codec"))
+    data = loop.with_statistics(fine_tuned, codec, None).data
+    assert (data.latent_mean, data.latent_std, data.codec_key) == tuple(given.values()) and not capsys.readouterr().out
+    assert loop.with_statistics(fine_tuned, replace(codec, key="others"), None) == fine_tuned
+    assert "has learned the latents of a/codec, which is another codec" in capsys.readouterr().out

@@ -30,7 +30,7 @@ from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.train_codec import CodecRunConfig, data_of, train_codec
 
-DRAWING = ("steps", "guidance", "solver")
+DRAWING = ("steps", "guidance", "guidance_interval", "renormalise", "solver")
 RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
 CODEC_HELP = "pixels, a run of train-codec, a checkpoint, an exported folder, pretrained:emoji or diffusers:FOLDER"
 
@@ -39,11 +39,13 @@ SAMPLING = {
     "solver": f"how noise becomes an image: {', '.join(SOLVERS)}",
     "guidance": "how much an image follows its text; 1 = no guidance",
     "image_guidance": "how much an image follows those before it; 1 = no guidance",
+    "guidance_interval": "guide only at noise levels t between these, 0 = image, 1 = noise",
     "renormalise": "keep strong guidance from overdriving contrast",
     "temperature": "of text; 0 = always the likeliest token",
     "top_p": "pick tokens among the likeliest of this total probability",
     "top_k": "pick tokens among so many likeliest; 0 = all",
     "max_tokens": "of text, at most",
+    "max_images": "that it draws of itself in one answer, at most",
     "batch": "prompts at once: fewer need less memory",
 }
 
@@ -77,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         for field in fields(SampleConfig):
             if field.name in names:
                 flag = "--" + field.name.replace("_", "-")
-                kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+                kind = {"type": field.type}
+                if field.type is bool:
+                    kind = {"action": argparse.BooleanOptionalAction}
+                elif field.name == "guidance_interval":
+                    kind = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
                 p.add_argument(flag, dest=field.name, **kind, help=f"{SAMPLING[field.name]}; default: the run's own")
         p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")
 
@@ -92,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("generate", run_generate, "Draw an image for each prompt, or let the model write and draw as it likes.")
     with_model(p)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw, e.g. "a red apple"')
+    p.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="a picture file that stands before each prompt; again: more",
+    )
     p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
     p.add_argument(
         "--mode", choices=("draw", "text", "auto"), default="draw", help="draw an image (default), write text, or both"
@@ -99,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--size", type=parse_size, help='of the drawings, height x width, e.g. "48x80"; default: the run\'s own'
     )
-    with_sampling(p, *DRAWING, "temperature", "top_p", "top_k", "max_tokens", "batch")
+    with_sampling(p, *DRAWING, "temperature", "top_p", "top_k", "max_tokens", "max_images", "batch")
 
     p = command("caption", run_caption, "Say what is on each image.")
     with_model(p)
@@ -111,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
     p.add_argument("instructions", nargs="+", metavar="INSTRUCTION", help='e.g. "make it green"; one drawing each')
     p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
-    with_sampling(p, *DRAWING, "image_guidance", "renormalise")
+    with_sampling(p, *DRAWING, "image_guidance")
 
     p = command("inpaint", run_inpaint, "Draw the part of an image anew that a mask shows in white; the rest stays.")
     with_model(p)
@@ -176,8 +189,9 @@ def run_train_codec(args):
 
 
 def run_generate(args):
-    engine = load(args.model, args.device, args.precision)
-    answers = engine.generate(args.prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
+    images, engine = [open_image(path) for path in args.image], load(args.model, args.device, args.precision)
+    prompts = [[*images, prompt] for prompt in args.prompts]
+    answers = engine.generate(prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
     show(args.prompts, answers, args.out)
 
 
@@ -269,7 +283,8 @@ def write_json(file: Path, numbers: dict[str, float]):
 def sampling_of(args) -> dict:
     """The sampling options that were given."""
     names = {f.name for f in fields(SampleConfig)}
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def open_image(path: Path) -> PIL.Image.Image:

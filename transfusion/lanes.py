@@ -81,6 +81,7 @@ class Lanes:
         lane, start = branch.lane, branch.length
         # a document goes on behind text or <eoi>, whose place is one less
         s = lay_out(segments, self.fmt, int(self.place[lane, start - 1, 0]) + 1 if start else 0)
+        assert not s.hidden.any(), "what is given is clean as it stands: a noised copy before it is for training alone"
         stop = start + len(s)
         self.tokens[lane, start:stop], self.place[lane, start:stop] = s.tokens, s.place
         self.image[lane, start:stop] = s.image

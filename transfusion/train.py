@@ -16,6 +16,7 @@ from torch import Tensor
 from transfusion import checkpoint
 from transfusion import config as configs
 from transfusion.beginning import begin, prepare, same_tokens
+from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
 from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches
@@ -42,7 +43,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     device = torch.device(pick_device(config.device))
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
-    config, fmt = with_statistics(config, found), format_of(config, tokenizer, codec)
+    config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
     same_codec(codec, config.data)
     corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
     config = replace(config, data=corpus.config)
@@ -135,12 +136,17 @@ def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, confi
     return median(seconds[2:])  # the first ones compile
 
 
-def with_statistics(config: RunConfig, found: Path | None) -> RunConfig:
+def with_statistics(config: RunConfig, codec: Codec, found: Path | None) -> RunConfig:
     """The config with the latents' statistics of the weights that the run goes on from, if it does and names none."""
     if config.data.latent_mean or not (found or config.init) or (not found and is_llama(config.init)):
         return config
     began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]) if found else find(config.init).config
-    if began.data.codec != config.data.codec:
+    if began.data.codec_key != codec.key:
+        if not found:
+            print(
+                f"{config.init} has learned the latents of {began.data.codec}, which is another codec than "
+                f"{config.data.codec}: its image path begins with what it knows of those"
+            )
         return config
     names = ("latent_mean", "latent_std", "codec_key")
     return replace(config, data=replace(config.data, **{name: getattr(began.data, name) for name in names}))

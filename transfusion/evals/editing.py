@@ -14,7 +14,7 @@ import numpy as np
 from transfusion.data.documents import Corpus, Document, Placed
 from transfusion.evals.colour import PALETTE, colour_of, overlap
 from transfusion.evals.config import EvalConfig
-from transfusion.evals.documents import by_split, some_of
+from transfusion.evals.documents import by_split, given, some_of
 from transfusion.evals.interval import normal, wilson
 from transfusion.generate import Engine
 from transfusion.sequence import Text
@@ -34,8 +34,7 @@ def edits(corpus: Corpus, least: int = 2) -> dict[str, list[Document]]:
 
 def draw_last(engine: Engine, corpus: Corpus, documents: list[Document], config: EvalConfig) -> list[np.ndarray]:
     """uint8 [h, w, 3] each: what the model draws in the place of each document's last image, of the same size."""
-    bos = Text(np.array([corpus.special.bos]))
-    prompts = [[bos, *corpus.document(d.segments)[:-1]] for d in documents]
+    prompts = [given(corpus, d)[:-2] for d in documents]
     grids = [corpus.grid(corpus.interleaved.images[d.segments[-1].number]) for d in documents]
     answers = engine.complete(prompts, "draw", config.seed, engine.sampling(**config.sampling), grids)
     return [np.asarray(engine.picture(answer[0])) for answer in answers]
