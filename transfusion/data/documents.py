@@ -49,7 +49,7 @@ class DataConfig:
     caption_dropout: float = 0.1
     other_captions: float = 0.3  # how often a caption other than an image's first is read, where it has several
     conditioning: str = "noised"  # what follows an image sees it "noised" (the paper), or as a "clean" copy
-    # largest t of an image that stands before its caption, where noised: its t is uniform below; 1 = the law of all images
+    # largest t of an image before its caption, where noised: its t is uniform below; 1 = the law of all images
     noise_limit: float = 0.5
     workers: int = 0  # processes that prepare batches; 0 = the training process itself
 
