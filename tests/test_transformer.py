@@ -1,7 +1,8 @@
 """The model: a Llama where there is text alone, no leak anywhere, and two roads to every number that agree."""
 
+import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -163,6 +164,36 @@ def test_the_trunk_is_llama(kv_heads):
 
 
 # -- slow reference
+
+
+@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(4.0), SCALED], ids=["none", "linear", "llama 3"])
+def test_a_pair_turns_by_its_own_coordinate_at_the_published_frequency(scaling):
+    place = torch.tensor([[[30, 30, 0, 0], [35, 39, 5, 9]]])  # a word; a patch of an axial image
+    cos, sin = angles(place, 12, 1e4, scaling)
+    length, kinds = scaling.original_max_position_embeddings, set()
+    for at, pair in product(range(2), range(6)):
+        frequency = 1e4 ** (-pair / 6)
+        wavelength = 2 * math.pi / frequency
+        if wavelength > length / scaling.low_freq_factor:
+            kind, frequency = "slowed", frequency / scaling.factor
+        elif wavelength < length / scaling.high_freq_factor:
+            kind = "kept"
+        else:
+            kind, span = "between", scaling.high_freq_factor - scaling.low_freq_factor
+            smooth = (length / wavelength - scaling.low_freq_factor) / span
+            frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        angle, found = place[0, at, pair % 2].item() * frequency, (cos[0, 0, at, pair], sin[0, 0, at, pair])
+        assert [x.item() for x in found] == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-5)
+        kinds.add(kind)
+    assert kinds == ({"slowed", "kept", "between"} if length else {"slowed"})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"factor": 0.5}, {"low_freq_factor": 4.0}, {"original_max_position_embeddings": -1}], ids=str
+)
+def test_impossible_scalings_are_refused(wrong):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} = .*: factor is 1 for none or above"):
+        RopeScaling(**{"factor": 8.0, **wrong})
 
 
 @torch.no_grad()
