@@ -14,13 +14,15 @@ from transfusion.beginning import begin, prepare
 from transfusion.cachedir import cachedir
 from transfusion.cli import main
 from transfusion.codec.codec import PIXELS
-from transfusion.config import to_toml
+from transfusion.config import from_dict, load_config, to_dict, to_toml
 from transfusion.data.documents import DataConfig
+from transfusion.export import export
 from transfusion.generate import Engine
 from transfusion.llama import CONFIG, TOKENIZER, load_llama, sizes_of, translate
 from transfusion.metrics import MetricsConfig
 from transfusion.model.mask import dense_mask
-from transfusion.model.transformer import ModelConfig, build_model
+from transfusion.model.rope import RopeScaling
+from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
 from transfusion.optim import OptimConfig
 from transfusion.pretrained import load
 from transfusion.run import RunConfig, SampleConfig, TrainConfig, resolve
@@ -40,12 +42,36 @@ SIZES = {
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
 }
+LLAMA3 = {"low_freq_factor": 0.1, "high_freq_factor": 0.5, "original_max_position_embeddings": 16}  # bites in 40 tokens
 
 
-def write_llama(folder, shard: str = "1GB", **changes):
+def published(dim, layers, heads, kv_heads, ffn, vocab, **others):
+    """What config.json of a published model says of its sizes."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return {**dict(zip((*names, "vocab_size"), (dim, layers, heads, kv_heads, ffn, vocab))), **others}
+
+
+def of_llama3(factor):
+    numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": factor, **numbers}}
+
+
+MISTRAL = {"model_type": "mistral", "rope_theta": 1e4, "sliding_window": 4096}
+NEMO = {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "head_dim": 128}
+PUBLISHED = {  # config, whether the head is tied, parameters
+    "Llama 3.1 8B": (published(4096, 32, 32, 8, 14336, 128256, **of_llama3(8.0)), False, 8_030_261_248),
+    "Llama 3.2 1B": (published(2048, 16, 32, 8, 8192, 128256, head_dim=64, **of_llama3(32.0)), True, 1_235_814_400),
+    "Llama 3.3 70B": (published(8192, 80, 64, 8, 28672, 128256, **of_llama3(8.0)), False, 70_553_706_496),
+    "Mistral 7B v0.1": (published(4096, 32, 32, 8, 14336, 32000, **MISTRAL), False, 7_241_732_096),
+    "Mistral Nemo 12B": (published(5120, 40, 32, 8, 14336, 131072, **NEMO), False, 12_247_782_400),
+}
+
+
+def write_llama(folder, shard: str = "1GB", kind: str = "Llama", **changes):
     """(transformers' model, the folder that it was saved into with a tokenizer of words without our special tokens)."""
     torch.manual_seed(0)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes})).eval()
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    llama = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for p in llama.parameters():
         torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
     llama.save_pretrained(folder, max_shard_size=shard)
@@ -95,9 +121,59 @@ def test_a_checkpoint_of_transformers_has_its_logits_here(tmp_path, tied, kv_hea
         )
 
 
+@pytest.mark.parametrize(
+    "rope, scaling",
+    [
+        ({}, RopeScaling()),
+        ({"rope_type": "linear", "factor": 4.0}, RopeScaling(4.0)),
+        ({"rope_type": "llama3", "factor": 8.0, **LLAMA3}, RopeScaling(8.0, 0.1, 0.5, 16)),
+    ],
+    ids=["default", "linear", "llama3"],
+)
+@pytest.mark.parametrize("head_dim", [8, 16])  # by hidden_size alone it is 8
+@torch.no_grad()
+def test_scaled_positions_and_heads_of_any_width_are_those_of_transformers(tmp_path, rope, scaling, head_dim):
+    llama, folder = write_llama(tmp_path, head_dim=head_dim, rope_parameters={**SIZES["rope_parameters"], **rope})
+    model, _, config = begun(run_config(folder))
+    assert (config.model.head_dim, config.model.rope_scaling) == (head_dim, scaling)
+    found = text_logits(model, TOKENS)[:, :280]
+    torch.testing.assert_close(found, llama(TOKENS).logits[0, :, :280], rtol=1e-5, atol=2e-5)
+    model.config = replace(model.config, rope_scaling=RopeScaling())
+    moved = (text_logits(model, TOKENS)[:, :280] - found).abs().max()
+    assert moved > 0.1 if rope else moved == 0
+    again = from_dict(RunConfig, json.loads(json.dumps(to_dict(config))))
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert again == load_config(RunConfig, tmp_path / "run.toml") == config
+
+
+@torch.no_grad()
+def test_a_window_is_none_in_rows_that_it_spans_and_refused_in_longer_ones(tmp_path):
+    length, logits = TOKENS.shape[1], {}
+    for window in (length - 1, length):
+        mistral, folder = write_llama(tmp_path / f"{window}", kind="Mistral", sliding_window=window)
+        logits[window] = mistral(TOKENS).logits[0, :, :280]
+    config = run_config(folder, train=TrainConfig(seq_len=length))
+    model, *_ = begun(config)
+    found = text_logits(model, TOKENS)[:, :280]
+    torch.testing.assert_close(found, logits[length], rtol=1e-5, atol=1e-5)
+    assert (found - logits[length - 1]).abs().amax(1)[-2:].gt(0.01).tolist() == [False, True]
+    with pytest.raises(ValueError, match=rf"sliding_window = {length}: .* set train\.seq_len={length} or less"):
+        resolve(replace(config, train=TrainConfig(seq_len=length + 1)), PIXELS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_has_the_parameters_of_its_model(name):
+    config, tied, parameters = PUBLISHED[name]
+    sizes = translate({"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu", **config}, name, 4096)
+    model = ModelConfig(**sizes, channels=3)
+    counts = dict(parameter_counts(build_model(model, "meta")))
+    assert counts["trunk"] + counts["text embedding and head"] / (1 + tied) == parameters
+    assert model.rope_scaling.factor == (config.get("rope_scaling") or {}).get("factor", 1.0)
+
+
 def test_the_sizes_are_taken_from_the_checkpoint_and_said_in_the_resolved_config(tmp_path, capsys):
     _, folder = write_llama(tmp_path)
-    want = ModelConfig(32, 3, 4, 2, 48, ROWS, patch_size=4, channels=3, rope_base=5000.0, norm_eps=1e-4)
+    want = ModelConfig(32, 3, 4, 2, 8, 48, ROWS, patch_size=4, channels=3, rope_base=5000.0, norm_eps=1e-4)
     assert resolve(run_config(folder), PIXELS).model == want
     (tmp_path / "run.toml").write_text(to_toml(run_config(folder)))
     assert main(["plan", str(tmp_path / "run.toml")]) == 0
@@ -145,13 +221,14 @@ def test_the_tokenizer_is_the_checkpoints_with_our_tokens_whose_rows_are_the_mea
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = llama3"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type = linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type = yarn: only default, linear, llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = dynamic"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type = linear without factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = llama3 without low_freq_factor, high"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"head_dim": 16}, r"head_dim = 16: here it is .* = 8"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
-        ({"sliding_window": 4096}, "sliding_window"),
+        ({"sliding_window": 63}, "sliding_window = 63: .* set train.seq_len=63 or less"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "gemma2"}, "model_type = gemma2"),
@@ -159,18 +236,24 @@ def test_the_tokenizer_is_the_checkpoints_with_our_tokens_whose_rows_are_the_mea
 )
 def test_what_our_trunk_cannot_be_is_refused_by_its_name(change, message):
     config = {"model_type": "llama", **SIZES}
-    assert translate(config, "x")["dim"] == 32
-    assert translate({**config, "sliding_window": None, "head_dim": 8, "rope_scaling": None}, "x")["n_heads"] == 4
+    assert translate(config, "x", 64)["dim"] == 32
+    unsaid = {"sliding_window": None, "head_dim": None, "rope_scaling": None}
+    assert translate({**config, **unsaid}, "x", 64) == translate(config, "x", 64)
     with pytest.raises(ValueError, match=f"cannot be loaded: .*{message}"):
-        translate({**config, **change}, "x")
+        translate({**config, **change}, "x", 64)
     with pytest.raises(ValueError, match="has no hidden_size"):
-        translate({k: v for k, v in config.items() if k != "hidden_size"}, "x")
+        translate({k: v for k, v in config.items() if k != "hidden_size"}, "x", 64)
 
 
 def test_older_configs_are_read_too():
     old = {k: v for k, v in SIZES.items() if k not in ("rope_parameters", "num_key_value_heads")}
-    sizes = translate({"model_type": "llama", **old, "rope_theta": 2000, "rope_scaling": None}, "x")
-    assert sizes["rope_base"] == 2000.0 and sizes["n_kv_heads"] == 4
+    old |= {"model_type": "llama", "rope_theta": 2000}
+    sizes = translate({**old, "rope_scaling": {"type": "linear", "factor": 2}}, "x", 64)
+    assert sizes["rope_base"] == 2000.0 and sizes["rope_scaling"] == RopeScaling(2.0)
+    assert sizes["n_kv_heads"] == 4 and sizes["head_width"] == 8
+    assert translate({**old, "model_type": "mistral"}, "x", 4096)["dim"] == 32
+    with pytest.raises(ValueError, match="sliding_window = 4096"):  # what transformers takes for one that is not said
+        translate({**old, "model_type": "mistral"}, "x", 4097)
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):
@@ -211,7 +294,8 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
 
 
 def test_a_run_begins_with_a_llama_and_goes_on_where_that_is_gone(tmp_path, capsys):
-    _, folder = write_llama(tmp_path / "llama")
+    rope = {**SIZES["rope_parameters"], "rope_type": "llama3", "factor": 8.0, **LLAMA3}
+    _, folder = write_llama(tmp_path / "llama", head_dim=16, rope_parameters=rope)
     images = folder_of_images(tmp_path / "images", 12)
     config = RunConfig(
         init=f"hf:{folder}",
@@ -227,9 +311,12 @@ def test_a_run_begins_with_a_llama_and_goes_on_where_that_is_gone(tmp_path, caps
     assert "init: patches.inp.weight is not in hf:" in capsys.readouterr().out
     (folder / CONFIG).unlink()
     train(replace(config, train=replace(config.train, steps=3)), tmp_path / "run", resume=True)
-    engine = load(tmp_path / "run", "cpu")
-    assert engine.config.model.dim == 32 and engine.tokenizer.hf.get_vocab()["[bos]"] == 1
-    assert engine.draw(["picture"])[0].size == (8, 8)
+    for name in (tmp_path / "run", export(tmp_path / "run", tmp_path / "out")):
+        engine = load(name, "cpu")
+        m = engine.config.model
+        assert (m.dim, m.head_dim, m.rope_scaling) == (32, 16, RopeScaling(8.0, 0.1, 0.5, 16))
+        assert engine.tokenizer.hf.get_vocab()["[bos]"] == 1
+        assert engine.draw(["picture"])[0].size == (8, 8)
 
 
 # ---- SmolLM2 ----
@@ -237,7 +324,7 @@ def test_a_run_begins_with_a_llama_and_goes_on_where_that_is_gone(tmp_path, caps
 
 def test_the_plan_of_smollm2_fetches_nothing(monkeypatch):
     monkeypatch.setattr(smollm2, "fetch", lambda: pytest.fail("fetched"))
-    assert sizes_of("smollm2")["vocab_size"] == 49152 + len(NAMES)
+    assert sizes_of("smollm2", 128)["vocab_size"] == 49152 + len(NAMES)
     assert resolve(RunConfig(init="smollm2"), PIXELS).model.dim == 576
 
 

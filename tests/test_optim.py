@@ -213,6 +213,19 @@ def test_frozen_parameters_have_no_optimizer_no_average_and_no_part_in_the_norm(
     assert all(torch.equal(p, frozen[n]) and p.grad is None for n, p in model.named_parameters() if n in frozen)
 
 
+def test_a_part_without_weights_of_its_own_is_frozen_with_those_of_text_or_refused():
+    sizes = {"dim": 32, "n_layers": 1, "ffn_dim": 16, "vocab_size": 40, "channels": 3}
+    dense, two = build_model(ModelConfig(**sizes)), build_model(ModelConfig(**sizes, separate=("ffn",)))
+    codes = build_model(ModelConfig(**sizes, patches="codes", patch_size=1))
+    for model, part in ((dense, "image"), (codes, "patches")):
+        with pytest.raises(ValueError, match=rf"\['{part}'\]: .* no {part} weights .* add text, leave {part} out"):
+            freeze(model, (part,))
+    freeze(dense, ("text", "image"))
+    assert {part_of(n) for n, p in dense.named_parameters() if p.requires_grad} == {"patches"}
+    freeze(two, ("image",))
+    assert {part_of(n) for n, p in two.named_parameters() if p.requires_grad} == {"text", "patches"}
+
+
 def test_what_leaves_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="leaves nothing to train"):
         freeze(toy(), ("text", "image", "patches"))

@@ -1,7 +1,8 @@
 """The model: a Llama where there is text alone, no leak anywhere, and two roads to every number that agree."""
 
+import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from random_rows import CHANNELS, FORMATS, PATCH_SIZE, SPECIAL, VOCAB, document,
 
 from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import allow, block_mask, dense_mask
-from transfusion.model.rope import angles, rotate
+from transfusion.model.rope import RopeScaling, angles, rotate
 from transfusion.model.transformer import SEPARABLE, ModelConfig, Transfusion, build_model, parameter_counts, row_mask
 from transfusion.model.varlen import varlen_mask
 from transfusion.sequence import NONE, collate, lay_out
@@ -24,11 +25,13 @@ TINY = {
     "patch_size": PATCH_SIZE,
     "channels": CHANNELS,
 }
+SCALED = RopeScaling(8.0, 0.1, 0.5, original_max_position_embeddings=16)  # of 6 pairs 2 stay, 1 is slowed in part
 OPTIONS = {
     "plain": {},
     "grouped heads": {"n_kv_heads": 2},
     "qk_norm": {"qk_norm": True},
     "axial": {"image_positions": "axial"},
+    "scaled, wide heads": {"rope_scaling": SCALED, "head_width": 12, "n_kv_heads": 2, "image_positions": "axial"},
     "post-norm": {"norm": "post"},
     "refine": {"refine_width": 4},
     "causal images": {"causal_images": True},
@@ -163,6 +166,36 @@ def test_the_trunk_is_llama(kv_heads):
 # -- slow reference
 
 
+@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(4.0), SCALED], ids=["none", "linear", "llama 3"])
+def test_a_pair_turns_by_its_own_coordinate_at_the_published_frequency(scaling):
+    place = torch.tensor([[[30, 30, 0, 0], [35, 39, 5, 9]]])  # a word; a patch of an axial image
+    cos, sin = angles(place, 12, 1e4, scaling)
+    length, kinds = scaling.original_max_position_embeddings, set()
+    for at, pair in product(range(2), range(6)):
+        frequency = 1e4 ** (-pair / 6)
+        wavelength = 2 * math.pi / frequency
+        if wavelength > length / scaling.low_freq_factor:
+            kind, frequency = "slowed", frequency / scaling.factor
+        elif wavelength < length / scaling.high_freq_factor:
+            kind = "kept"
+        else:
+            kind, span = "between", scaling.high_freq_factor - scaling.low_freq_factor
+            smooth = (length / wavelength - scaling.low_freq_factor) / span
+            frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        angle, found = place[0, at, pair % 2].item() * frequency, (cos[0, 0, at, pair], sin[0, 0, at, pair])
+        assert [x.item() for x in found] == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-5)
+        kinds.add(kind)
+    assert kinds == ({"slowed", "kept", "between"} if length else {"slowed"})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"factor": 0.5}, {"low_freq_factor": 4.0}, {"original_max_position_embeddings": -1}], ids=str
+)
+def test_impossible_scalings_are_refused(wrong):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} = .*: factor is 1 for none or above"):
+        RopeScaling(**{"factor": 8.0, **wrong})
+
+
 @torch.no_grad()
 def test_a_post_norm_layer_is_the_one_written_out():
     model = random_model(norm="post", n_kv_heads=2)
@@ -171,7 +204,7 @@ def test_a_post_norm_layer_is_the_one_written_out():
     h = model.tok_embeddings(b.tokens[0])
     patches, _ = model.patches.encode(z, t, b.patch_image, b.place[0, b.patch_at, 2:], b.grids)
     h[b.patch_at] = patches
-    cos, sin = angles(b.place, c.head_dim, c.rope_base)
+    cos, sin = angles(b.place, c.head_dim, c.rope_base, c.rope_scaling)
     sees = dense_mask(b.document, b.image, b.hidden)[0, 0]
     for layer in model.layers:
         a, f, heads = layer.attention, layer.feed_forward, []
@@ -484,8 +517,10 @@ def test_fresh_weights_are_a_function_of_the_seed_and_predict_nothing_yet(option
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"dim": 30}, "dim = 30 must be n_heads = 4 heads"),
-        ({"dim": 24}, "dim = 24 must be n_heads = 4 heads of a multiple of 4"),
+        ({"dim": 30}, "dim = 30, n_heads = 4, head_width = 0: .* and dim / n_heads where head_width is 0"),
+        ({"dim": 24}, "dim = 24, n_heads = 4, head_width = 0: a head's width is a multiple of 4"),
+        ({"head_width": 6}, "head_width = 6: a head's width is a multiple of 4"),
+        ({"head_width": -4}, "head_width = -4"),
         ({"n_kv_heads": 3}, "n_heads = 4 must be a multiple of n_kv_heads = 3"),
         ({"image_positions": "spiral"}, "image_positions = 'spiral': choose one of raster, axial"),
         ({"refine_width": 8, "patch_size": 3}, "refine_width = 8, patch_size = 3: set refine_width=0"),

@@ -28,8 +28,10 @@ def prepare(config: RunConfig, codec: Codec, found: Path | None) -> tuple[RunCon
     if found is None or not is_llama(config.init):
         return resolve(config, codec), load_own_tokenizer(config)
     run = found.parents[1]
-    began, tokenizer = checkpoint.read_state(found)["config"]["model"], load_tokenizer(run / TOKENIZER)
-    config = with_sizes(config, str(run), {name: began[name] for name in (*SIZES, "rope_base")})
+    began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]).model
+    names = (*SIZES, "rope_base", "rope_scaling")
+    config = with_sizes(config, str(run), {name: getattr(began, name) for name in names})
+    tokenizer = load_tokenizer(run / TOKENIZER)
     return with_parts(config, tokenizer.vocab_size, codec), tokenizer
 
 

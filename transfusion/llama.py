@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from transfusion import smollm2
+from transfusion.config import from_dict
+from transfusion.model.rope import RopeScaling
 from transfusion.model.transformer import Transfusion
 from transfusion.tokenizer import NAMES, Tokenizer, load_tokenizer, read_tokenizer
 
@@ -40,9 +42,16 @@ SIZES = {  # field of ModelConfig -> theirs
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
+    "head_width": "head_dim",
     "ffn_dim": "intermediate_size",
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
+}
+FOLLOWS = ("num_key_value_heads", "head_dim")  # from the others, where a config leaves them out
+SCALED = {  # rope_type -> what says how its positions are scaled, as fields of RopeScaling
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -64,45 +73,48 @@ def their_name(module: str) -> str:
     return THEIRS[module]
 
 
-def sizes_of(init: str) -> dict[str, Any]:
+def sizes_of(init: str, seq_len: int) -> dict[str, Any]:
     """The checkpoint's sizes as fields of ModelConfig, our special tokens in its vocabulary; fetches nothing."""
     if init == smollm2.NAME:
-        sizes = translate(smollm2.CONFIG, init)
+        sizes = translate(smollm2.CONFIG, init, seq_len)
         return {**sizes, "vocab_size": sizes["vocab_size"] + len(NAMES)}
     folder = folder_of(init)
-    sizes = translate(read_json(folder / CONFIG), str(folder / CONFIG))
+    sizes = translate(read_json(folder / CONFIG), str(folder / CONFIG), seq_len)
     return {**sizes, "vocab_size": max(sizes["vocab_size"], load_tokenizer(folder / TOKENIZER).vocab_size)}
 
 
-def translate(theirs: dict[str, Any], source: str) -> dict[str, Any]:
-    """Their config as fields of ModelConfig; ValueError names what our trunk cannot be."""
-    rope = {**(theirs.get("rope_parameters") or {}), **(theirs.get("rope_scaling") or {})}  # transformers 5, 4
+def translate(theirs: dict[str, Any], source: str, seq_len: int) -> dict[str, Any]:
+    """Their config as fields of ModelConfig; ValueError names what our trunk cannot be in rows of `seq_len`."""
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # transformers 4, 5
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    missing = [key for key in SIZES.values() if key not in theirs and key != "num_key_value_heads"]
+    missing = [key for key in SIZES.values() if key not in (*theirs, *FOLLOWS)]
     if missing:
         raise ValueError(f"{source} has no {', '.join(missing)}: it is no config of a Llama")
     sizes = {ours: theirs.get(key) for ours, key in SIZES.items()}
     sizes["n_kv_heads"] = sizes["n_kv_heads"] or sizes["n_heads"]
-    head_dim, own_head_dim = theirs.get("head_dim"), sizes["dim"] // sizes["n_heads"]
+    sizes["head_width"] = sizes["head_width"] or sizes["dim"] // sizes["n_heads"]
     kind, act = theirs.get("model_type"), theirs.get("hidden_act", "silu")
+    window = theirs.get("sliding_window", 4096 if kind == "mistral" else None)  # no weight would show a wrong guess
+    unsaid = [key for key in SCALED.get(rope_type, ()) if key not in rope]
     faults = {
         f"model_type = {kind}: only llama and mistral are this trunk": kind not in ("llama", "mistral"),
-        f"rope_type = {rope_type}: positions are not scaled here": rope_type != "default",
+        f"rope_type = {rope_type}: only {', '.join(SCALED)} are here": rope_type not in SCALED,
+        f"rope_type = {rope_type} without {', '.join(unsaid)}": bool(unsaid),
         "partial_rotary_factor: whole heads turn here": theirs.get("partial_rotary_factor", 1) != 1
         or rope.get("partial_rotary_factor", 1) != 1,
         "attention_bias: the matrices here have no biases": bool(theirs.get("attention_bias")),
         "mlp_bias: the matrices here have no biases": bool(theirs.get("mlp_bias")),
-        f"head_dim = {head_dim}: here it is hidden_size / num_attention_heads = {own_head_dim}": head_dim
-        not in (None, own_head_dim),
         f"hidden_act = {act}: only silu is here": act != "silu",
-        "sliding_window: attention here has no window": theirs.get("sliding_window") is not None,
+        f"sliding_window = {window}: attention here has no window, which is the same in rows of at most so many "
+        f"positions: set train.seq_len={window} or less": window is not None and window < seq_len,
         "quantization_config: save it dequantised": "quantization_config" in theirs,
     }
     found = [fault for fault, there in faults.items() if there]
     if found:
         raise ValueError(f"{source} is of a model that cannot be loaded: {'; '.join(found)}")
     theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-    return {**sizes, "rope_base": float(theta), "qk_norm": False, "norm": "pre"}
+    scaling = from_dict(RopeScaling, {key: rope[key] for key in SCALED[rope_type]})
+    return {**sizes, "rope_base": float(theta), "rope_scaling": scaling, "qk_norm": False, "norm": "pre"}
 
 
 @torch.no_grad()

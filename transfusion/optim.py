@@ -72,7 +72,17 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
-    """Takes the parts out of training: no gradients, no decay, no average; ValueError where nothing is left."""
+    """Takes the parts out of training: no gradients, no decay, no average; ValueError where nothing is left.
+
+    A part without weights of its own goes through those of text, so it is frozen with them or not at all.
+    """
+    there = {part_of(name) for name, _ in model.named_parameters()}
+    shared = [part for part in parts if part not in there]
+    if shared and "text" not in parts:
+        raise ValueError(
+            f"optim.freeze = {list(parts)}: the model has no {' and no '.join(shared)} weights apart from the text's, "
+            f"which train: add text, leave {' and '.join(shared)} out, or set model.separate as configs/mot.toml does"
+        )
     for name, p in model.named_parameters():
         p.requires_grad_(part_of(name) not in parts)
     if not any(p.requires_grad for p in model.parameters()):

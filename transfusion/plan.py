@@ -1,8 +1,9 @@
 """What a run will need, from its config alone: nothing is read but the config, nothing is run.
 
-FLOPs of a step    6 * trunk * positions  +  12 * n_layers * dim * keys * positions  +  6 * head * text positions  +
-                   3 * patch layers of an image, forward * images                             (forward 2, backward 4;
-                   keys seen by a position: at most L / 2 for text, exactly known only once the rows are packed)
+FLOPs of a step    6 * trunk * positions  +  12 * n_layers * n_heads * K * keys * positions  +
+                   6 * head * text positions  +  3 * patch layers of an image, forward * images
+                   (forward 2, backward 4; keys seen by a position: at most L / 2 for text, exactly known only once the
+                   rows are packed)
                    4 instead of 6 for what is frozen: gradients go through it, it has none of its own
 memory             weights, and of those that train gradients, two moments and the average, at 4 bytes; activations
                    kept for backward
@@ -127,8 +128,8 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     positions = c.rows * c.seq_len / c.accumulate
     # Bytes a position. float32: the residual stream and its norm, twice; bf16: each matrix's input, q, k, v, the heads'
     # result, and w1 x, its silu, w3 x and their product.
-    kv_dim = m.kv_heads * m.head_dim
-    layer = 32 * m.dim + 4 * kv_dim + 8 * m.hidden_dim + (8 * (m.dim + kv_dim) if m.qk_norm else 0)
+    q_dim, kv_dim = m.n_heads * m.head_dim, m.kv_heads * m.head_dim
+    layer = 28 * m.dim + 4 * (q_dim + kv_dim) + 8 * m.hidden_dim + (8 * (q_dim + kv_dim) if m.qk_norm else 0)
     _, kept = patch_layers(m, (grid_of(config),)) if m.patches != "codes" else ({}, 0)  # of an image, here in bf16
     return {
         "weights": weights,

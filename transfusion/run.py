@@ -165,7 +165,7 @@ def resolve(config: RunConfig, codec: Codec) -> RunConfig:
     """The config with what follows from the Llama that it begins with, tokenizer and codec; fetches nothing."""
     if not is_llama(config.init):
         return with_parts(config, load_tokenizer(config.data.tokenizer).vocab_size, codec)
-    sizes = sizes_of(config.init)
+    sizes = sizes_of(config.init, config.train.seq_len)
     text_tokens = sizes.pop("vocab_size")  # a least size: a run may have more tokens than the Llama has
     return with_parts(with_sizes(config, config.init, sizes), text_tokens, codec)
 

@@ -22,7 +22,7 @@ from transfusion.model.lora import MODULE_OF, LoraConfig
 from transfusion.model.patches import LinearPatches
 from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, is_adapter, text_twin
 from transfusion.model.refine import FACTOR, Refine
-from transfusion.model.rope import angles, rotate
+from transfusion.model.rope import RopeScaling, angles, rotate
 from transfusion.model.unet import STAGES, UNetPatches
 from transfusion.model.varlen import VarlenMask, varlen_attention, varlen_mask
 from transfusion.sequence import Batch, check_image_positions
@@ -41,12 +41,14 @@ class ModelConfig:
     n_layers: int = 6
     n_heads: int = 4
     n_kv_heads: int = 0  # 0 = n_heads
+    head_width: int = 0  # 0 = dim / n_heads
     ffn_dim: int = 0  # 0 = 8/3 dim, rounded up to a multiple of 256, as in Llama
     vocab_size: int = 0  # 0 = the tokenizer's, and what else is written as tokens
     patch_size: int = 2
     channels: int = 0  # 0 = the codec's
     sides: int = 0  # > 0: images are written with their size, each side at most so many patches
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm: str = "pre"  # of a layer: before attention and feed-forward; or "post", behind them, as in Swin and Chameleon
     norm_eps: float = 1e-5
     qk_norm: bool = False
@@ -64,8 +66,11 @@ class ModelConfig:
     def __post_init__(self):
         if self.n_heads < 1 or self.n_layers < 1:
             raise ValueError(f"n_heads = {self.n_heads}, n_layers = {self.n_layers}: at least 1 of each")
-        if self.dim % self.n_heads or self.head_dim % 4:
-            raise ValueError(f"dim = {self.dim} must be n_heads = {self.n_heads} heads of a multiple of 4")
+        if self.head_dim < 4 or self.head_dim % 4 or (self.dim % self.n_heads and not self.head_width):
+            raise ValueError(
+                f"dim = {self.dim}, n_heads = {self.n_heads}, head_width = {self.head_width}: a head's width is a "
+                "multiple of 4, and dim / n_heads where head_width is 0"
+            )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} must be a multiple of n_kv_heads = {self.n_kv_heads}")
         if self.refine_width < 0 or (self.refine_width and self.patch_size % FACTOR):
@@ -106,7 +111,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.head_width or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -259,7 +264,7 @@ class Transfusion(nn.Module):
             grid = place.flatten(0, 1)[patch_at, 2:]
             patches, skips = self.patches.encode(z.to(dtype), t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
-        cos, sin = angles(place, self.config.head_dim, self.config.rope_base)
+        cos, sin = angles(place, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
         order = Order(tokens.shape, patch_at if self.config.sorts else None)
         streams = order.split(h)
         for i, layer in enumerate(self.layers):
