@@ -442,7 +442,7 @@ def test_compiled_blocks_on_a_gpu_give_the_loss_and_gradients_of_the_dense_mask(
             length = row(options, documents, 0)[0].tokens.shape[1]
             b, z, t = row(options, documents, padding=-length % 128)
             b, z, t = b.to("cuda"), z.cuda(), t.cuda()
-            mask = (block_mask if road == "compiled" else dense_mask)(b.document, b.image, b.hidden)
+            mask = (block_mask if road == "compiled" else dense_mask)(*layout_of(model, b))
             logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
             losses.append(torch.nn.functional.cross_entropy(logits, b.target) + (p - z).square().mean())
         sum(losses).backward()
