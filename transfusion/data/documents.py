@@ -62,6 +62,11 @@ class DataConfig:
             raise ValueError("data.images is empty: name a folder of captioned images, or set data.image_share=0")
         if self.image_share < 1 and not self.text:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
+        if len(self.latent_mean) != len(self.latent_std):
+            raise ValueError(
+                f"data.latent_mean has {len(self.latent_mean)} numbers, data.latent_std has {len(self.latent_std)}: give "
+                "one of each for every channel, or leave both out, and they are measured"
+            )
         for text in self.buckets:
             parse_size(text)
 
