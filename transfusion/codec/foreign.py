@@ -14,7 +14,7 @@ from transfusion.codec.codec import Codec
 from transfusion.codec.learned import by_parts, digest, tensor, to_bytes, to_tensor
 
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
-PROBE = 64  # pixels a side of the image that tells factor and channels
+PROBE = 128  # pixels a side of the image that tells factor and channels: a cell of the largest factor that there is
 
 
 def diffusers_codec(name: str, device: torch.device | str = "cpu") -> Codec:
@@ -28,9 +28,12 @@ def diffusers_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     local = str(folder) if folder.is_dir() else name
     try:
         config, _ = diffusers.AutoencoderKL.load_config(local, subfolder=subfolder, return_unused_kwargs=True)
-        kind = config["_class_name"]
+        kind = config.get("_class_name", "that diffusers does not name")  # a codec of our own
         if kind not in KINDS:
-            raise ValueError(f"diffusers:{name} is of the kind {kind}; known are {', '.join(KINDS)}")
+            raise ValueError(
+                f"diffusers:{name} is of the kind {kind}; known are {', '.join(KINDS)}, and a codec of train-codec goes "
+                "by its folder alone"
+            )
         model = getattr(diffusers, kind).from_pretrained(local, subfolder=subfolder or None)
     except OSError as error:
         raise ValueError(f"diffusers:{name} holds no autoencoder: {str(error).splitlines()[0]}") from None
