@@ -64,8 +64,8 @@ class DataConfig:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
         if len(self.latent_mean) != len(self.latent_std):
             raise ValueError(
-                f"data.latent_mean has {len(self.latent_mean)} numbers, data.latent_std has {len(self.latent_std)}: give "
-                "one of each for every channel, or leave both out, and they are measured"
+                f"data.latent_mean has {len(self.latent_mean)} numbers, data.latent_std has {len(self.latent_std)}: "
+                "give one of each for every channel, or leave both out, and they are measured"
             )
         for text in self.buckets:
             parse_size(text)
