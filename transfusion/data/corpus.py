@@ -44,7 +44,7 @@ def build_corpus(
     corpus = Corpus(config, fmt, codec, captions, works, held_out)
     corpus = with_documents(corpus, document_sets, tokenizer, seq_len, reports)
     if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
-        need = 2 + min(image_length(grid, fmt, has_copies(config, fmt)) for grid in grids)
+        need = 2 + min(image_length(grid, fmt, has_copies(config, fmt.codes)) for grid in grids)
         raise ValueError(
             f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
             "train.seq_len or model.patch_size"
@@ -70,7 +70,7 @@ def captions_of(
         for i in members:
             of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
             grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
-            room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt))
+            room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt.codes))
             fits = [j for j, c in enumerate(of_image) if len(c) <= room]
             source = f"images {images.name}"
             if not fits:

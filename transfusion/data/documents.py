@@ -76,9 +76,9 @@ class DataConfig:
         return tuple(map(parse_size, self.buckets)) or ((self.image_size, self.image_size),)
 
 
-def has_copies(config: DataConfig, fmt: Format) -> bool:
+def has_copies(config: DataConfig, codes: int) -> bool:
     """Whether an image that is read later has a clean copy; codes are clean as they are."""
-    return config.conditioning == "clean" and not fmt.codes
+    return config.conditioning == "clean" and not codes
 
 
 def image_alone(special: Special, image: Image | Codes) -> list[Segment]:
@@ -192,7 +192,7 @@ class Corpus:
     @property
     def copies(self) -> bool:
         """Whether an image that is read later has a clean copy."""
-        return has_copies(self.config, self.fmt)
+        return has_copies(self.config, self.fmt.codes)
 
     @property
     def read_limit(self) -> float:
