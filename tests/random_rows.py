@@ -7,7 +7,7 @@ A document is written down as its parts: 3 = three tokens of text, (2, 1) = an i
 import numpy as np
 from hypothesis import strategies as st
 
-from transfusion.sequence import IMAGE_POSITIONS, Batch, Format, Image, Special, Text, collate, lay_out
+from transfusion.sequence import IMAGE_POSITIONS, Batch, Codes, Format, Image, Segment, Special, Text, collate, lay_out
 
 SPECIAL = Special(pad=0, bos=1, eos=2, boi=3, eoi=4, patch=5)
 VOCAB = 40  # ids from 6 on are text
@@ -26,13 +26,15 @@ seeds = st.integers(0, 2**32 - 1)
 formats = st.sampled_from(list(FORMATS.values()))
 
 
-def document(rng: np.random.Generator, parts: Parts, k: int = PATCH_SIZE) -> list[Text | Image]:
-    """A document of these parts, its tokens and latents drawn from rng; patches of k x k latents."""
+def document(rng: np.random.Generator, parts: Parts, fmt: Format = FORMATS["raster"]) -> list[Segment]:
+    """A document of these parts, its tokens and its latents or codes drawn from rng."""
 
     def segment(part):
         if isinstance(part, int):
             return Text(rng.integers(6, VOCAB, part))
-        h, w = (k * side for side in part[:2])
+        if fmt.codes:
+            return Codes(rng.integers(fmt.codes, size=part[:2]), learn="given" not in part)
+        h, w = (fmt.patch_size * side for side in part[:2])
         latents, t_max = rng.standard_normal((CHANNELS, h, w), np.float32), float(rng.choice([0.5, 1.0]))
         return Image(latents, 0.0 if "given" in part else t_max, copy="copy" in part)
 
@@ -42,5 +44,5 @@ def document(rng: np.random.Generator, parts: Parts, k: int = PATCH_SIZE) -> lis
 def packed(seed: int, rows: list[list[Parts]], fmt: Format = FORMATS["raster"], seq_len: int = 0) -> Batch:
     """The batch of these documents; seq_len 0 = the longest row."""
     rng = np.random.default_rng(seed)
-    sequences = [[lay_out(document(rng, parts, fmt.patch_size), fmt) for parts in row] for row in rows]
+    sequences = [[lay_out(document(rng, parts, fmt), fmt) for parts in row] for row in rows]
     return collate(sequences, seq_len or max(1, *(sum(map(len, row)) for row in sequences)), fmt)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import write_tiny
+from tiny_run import write_documents, write_tiny
 
 from transfusion import cli, load
 from transfusion.checkpoint import latest_checkpoint, read_state
@@ -190,6 +191,66 @@ def test_an_exported_folder_draws_what_the_run_draws(name, trained, tmp_path):
         assert main(["generate", str(source), "red bar", "--out", str(tmp_path / out)]) == 0
     assert np.array_equal(pixels(tmp_path / "a" / "red-bar.png"), pixels(tmp_path / "b" / "red-bar.png"))
     assert "license: cc0-1.0" in (folder / "README.md").read_text()
+
+
+# ---- other models, from the data to what they draw ----
+
+
+def test_a_model_of_documents_sizes_and_clean_copies_trains_is_measured_edits_inpaints_and_draws(config, tmp_path):
+    data, run, out = write_documents(tmp_path / "edits"), tmp_path / "run", tmp_path / "drawn"
+    options = ["data.buckets=16x16,16x24", "model.sides=3", "data.conditioning=clean", "data.image_share=0.8"]
+    steps = ["train.steps=2", "train.log_every=1"]
+    assert main(["train", str(config), f"out={run}", f"data.documents={data}", *options, *steps]) == 0
+    assert [r["step"] for r in read_records(run / "metrics.jsonl")] == [1, 2]
+    sizes = ["n_captions=2", "n_images=2", "n_edits=9", "text_windows=1", "times=0.5"]
+    assert main(["eval", str(run), "--json", str(tmp_path / "eval.json"), *sizes]) == 0
+    numbers, engine = json.loads((tmp_path / "eval.json").read_text()), load(run, "cpu")
+    assert engine.config.model.vocab_size == engine.tokenizer.vocab_size + 3
+    assert numbers["documents/held_out/n"] == numbers["editing/held_out/n"] == 2 and numbers["editing/train/n"] == 8
+    assert 0 < numbers["editing/held_out/mse"] < 4 and 0 < numbers["denoising/train/t_0.5"] < 4
+    assert numbers["documents/held_out/nats_per_token"] == pytest.approx(math.log(engine.fmt.vocab_size), abs=0.5)
+
+    picture, said = data / "red-bar.png", ["make it green", "make it blue"]
+    scales = ["--guidance", "2", "--image-guidance", "1.5", "--seed", "4"]
+    assert main(["edit", str(run), str(picture), *said, "--out", str(out), *scales]) == 0
+    with Image.open(picture) as image:
+        want = engine.edit([image] * 2, said, guidance=2.0, image_guidance=1.5, seed=4)
+        mask = Image.new("L", image.size, 0)
+    for name, one in zip(("make-it-green.png", "make-it-blue.png"), want):
+        assert pixels(out / name).shape == (16, 24, 3) and np.array_equal(pixels(out / name), one)
+    assert not np.array_equal(*want)
+
+    mask.paste(255, (0, 0, 8, 16))  # a column of patches
+    mask.save(tmp_path / "mask.png")
+    assert main(["inpaint", str(run), str(picture), str(tmp_path / "mask.png"), "red bar", "--out", str(out)]) == 0
+    before, after = pixels(picture), pixels(out / "red-bar.png")
+    assert np.array_equal(after[:, 8:], before[:, 8:]) and not np.array_equal(after[:, :8], before[:, :8])
+
+    assert main(["generate", str(run), "red disc", "--size", "16x24", "--out", str(out)]) == 0
+    assert pixels(out / "red-disc.png").shape == (16, 24, 3)
+    assert main(["generate", str(run), "a", "b", "--out", str(out)]) == 0  # of the sizes that it writes
+    assert all({*pixels(out / f"{name}.png").shape[:2]} <= {8, 16, 24} for name in "ab")
+
+
+def test_a_model_of_codes_trains_is_measured_and_draws_the_same_once_exported_with_its_codec(config, tmp_path):
+    codec, run, folder = tmp_path / "codec", tmp_path / "run", tmp_path / "shared"
+    sizes = ["codec.bottleneck=vq", "codec.multipliers=1,1,1", "codec.codes=16", "codec.code_dim=4"]  # 4 x 4 codes
+    assert main(["train-codec", str(config.with_name("codec.toml")), f"out={codec}", "train.steps=2", *sizes]) == 0
+    options = ["model.patches=codes", "model.patch_size=1", "train.z_loss=1e-5", "train.steps=2", f"data.codec={codec}"]
+    assert main(["train", str(config), f"out={run}", *options]) == 0
+    sizes = ["n_captions=2", "n_images=4", "text_windows=1"]
+    assert main(["eval", str(run), "--json", str(tmp_path / "eval.json"), *sizes]) == 0
+    numbers, engine = json.loads((tmp_path / "eval.json").read_text()), load(run, "cpu")
+    assert engine.config.model.vocab_size == engine.tokenizer.vocab_size + 16
+    assert numbers["denoising/train/n"] == 4 and "denoising/train/loss" not in numbers
+    assert numbers["denoising/train/nats_per_code"] == pytest.approx(math.log(engine.fmt.vocab_size), abs=0.5)
+    assert main(["export", str(run), str(folder), "--dtype", "fp32"]) == 0
+    assert main(["generate", str(run), "red bar", "--out", str(tmp_path / "a")]) == 0
+    codec.rename(tmp_path / "gone"), run.rename(tmp_path / "gone too")
+    assert main(["generate", str(folder), "red bar", "--out", str(tmp_path / "b")]) == 0
+    drawn = [pixels(tmp_path / name / "red-bar.png") for name in "ab"]
+    assert np.array_equal(*drawn) and drawn[0].shape == (16, 16, 3) and drawn[0].std() > 0
+    assert {p.name for p in (folder / "codec").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 # ---- help ----

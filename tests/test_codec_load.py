@@ -12,8 +12,8 @@ from test_train_codec import KL, VQ
 from transfusion.checkpoint import latest_checkpoint, load_weights
 from transfusion.codec.autoencoder import build_autoencoder
 from transfusion.codec.discriminator import DiscriminatorConfig
-from transfusion.codec.learned import digest, learned_codec, tensor, to_bytes, to_tensor
-from transfusion.codec.load import load_codec
+from transfusion.codec.learned import AT_ONCE, by_parts, digest, learned_codec, tensor, to_bytes, to_tensor
+from transfusion.codec.load import PRETRAINED, load_codec
 from transfusion.config import to_dict
 from transfusion.data.crops import CropConfig
 from transfusion.metrics import MetricsConfig
@@ -74,6 +74,14 @@ def test_batches_of_any_size_are_encoded_image_by_image():
     assert len(codec.decode(together)) == 35
 
 
+def test_a_network_sees_a_few_images_at_once_and_an_empty_batch_too():
+    sizes = []
+    apply = by_parts(lambda batch: sizes.append(len(batch)) or tensor(batch, CPU))
+    many = np.arange(2 * AT_ONCE + 3)
+    assert np.array_equal(apply(many), many) and sizes == [AT_ONCE, AT_ONCE, 3]
+    assert apply(many[:0]).shape == (0,)
+
+
 def test_pixels_come_back_from_the_networks_range():
     every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
     assert np.array_equal(to_bytes(to_tensor(every, CPU)).numpy(), every)
@@ -121,8 +129,8 @@ def test_weights_of_another_size_do_not_fit(tmp_path):
 # ---- diffusers ----
 
 
-def saved(folder, kind: str):
-    """A tiny random autoencoder of diffusers, as a folder."""
+def saved(folder, kind: str, levels: int = 2):
+    """A tiny random autoencoder of diffusers, as a folder; of DC's each level but the last halves the image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
@@ -138,10 +146,10 @@ def saved(folder, kind: str):
         "AutoencoderTiny": {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
                             "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": 3,
                             "upsampling_scaling_factor": 2},
-        "AutoencoderDC": {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
-                          "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
+        "AutoencoderDC": {"encoder_block_out_channels": (8,) * levels, "decoder_block_out_channels": (8,) * levels,
+                          "encoder_layers_per_block": (1,) * levels, "decoder_layers_per_block": (1,) * levels,
                           "encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock",
-                          "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
+                          "encoder_qkv_multiscales": ((),) * levels, "decoder_qkv_multiscales": ((),) * levels,
                           "latent_channels": 4, "attention_head_dim": 4},
     }[kind]  # fmt: skip
     model = getattr(diffusers, kind)(**options).eval()
@@ -164,6 +172,21 @@ def test_an_autoencoder_of_diffusers_is_a_codec(kind, where, tmp_path):
     assert found.shape == (2, codec.channels, 32 // codec.factor, 16 // codec.factor)
     np.testing.assert_array_equal(codec.decode(found), to_bytes(model.decode(z).sample).numpy())
     assert codec.key
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("levels", [1, 8])
+def test_the_factor_is_told_up_to_that_of_the_deepest_published_autoencoder(levels, tmp_path):
+    saved(tmp_path, "AutoencoderDC", levels)  # dc-ae-f128 has eight levels
+    codec, factor = load_codec(f"diffusers:{tmp_path}"), 2 ** (levels - 1)
+    assert (codec.factor, codec.channels) == (factor, 4)
+    assert codec.encode(images(1, 2 * factor, factor)).shape == (1, 4, 2, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_codec_of_our_own_behind_diffusers_is_refused_with_its_right_name(tmp_path):
+    with pytest.raises(ValueError, match=r"does not name; known are AutoencoderKL.*goes by its folder alone"):
+        load_codec(f"diffusers:{PRETRAINED / 'emoji'}")
 
 
 @pytest.mark.filterwarnings("ignore")

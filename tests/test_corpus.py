@@ -206,21 +206,53 @@ def test_statistics_that_the_config_names_are_used_as_they_are(tmp_path):
     np.testing.assert_allclose(corpus.image(corpus.interleaved, 1).latents, (raw - 0.5) / 2, atol=1e-6)
 
 
+def test_a_channel_that_never_changes_is_named_with_the_statistics_to_give_instead(tmp_path):
+    def encode(images):  # the second channel all but constant: what is left of it is rounding
+        latents = PIXELS.encode(images)
+        latents[:, 1] = np.float32(0.7) + 1e-7 * latents[:, 0]
+        return latents
+
+    flat = replace(KEYED, name="flat", key="flat", encode=encode)
+    with pytest.raises(ValueError, match=r"channels \[1\] of flat .* in all of 3 images") as refused:
+        corpus_of(tmp_path / "measured", codec=flat)
+    said = [arg.split("=")[1] for arg in str(refused.value).split() if arg.startswith("data.latent_")]
+    mean, std = (tuple(map(float, numbers.split(","))) for numbers in said)
+    assert mean[1] == pytest.approx(0.7, abs=1e-3) and std[1] == 1 and 0 < std[0] != 1
+    corpus, _ = corpus_of(tmp_path / "given", codec=flat, latent_mean=mean, latent_std=std)
+    latents = np.stack([corpus.image(corpus.interleaved, i).latents for i in range(3)])
+    assert np.abs(latents[:, 1]).max() < 1e-3 and np.abs(latents[:, 0].std() - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "given, remedy",
+    [
+        ({"latent_mean": (0.5,) * 3}, "latent_mean has 3 numbers, data.latent_std has 0: .* or leave both out"),
+        ({"latent_std": (0.5,) * 3}, "latent_mean has 0 numbers, data.latent_std has 3: .* or leave both out"),
+        ({"latent_mean": (0.5,) * 2, "latent_std": (0.5,) * 2}, "want 3 numbers each for keyed"),
+        ({"latent_mean": (0.5,) * 3, "latent_std": (1.0, 0.0, 1.0)}, "the latter above 0"),
+    ],
+    ids=["mean alone", "deviation alone", "too few", "zero"],
+)
+def test_statistics_that_cannot_be_are_refused_with_what_to_give(given, remedy, tmp_path):
+    with pytest.raises(ValueError, match=remedy):
+        corpus_of(tmp_path, codec=KEYED, **given)
+
+
 def test_latents_are_encoded_once_and_anew_when_the_codec_or_an_image_changes(tmp_path):
     calls = []
     codec = replace(KEYED, encode=lambda images: calls.append(len(images)) or PIXELS.encode(images))
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in [(4, 4)] * 40 + [(4, 8)] * 3]
     first = encode(images, codec, tmp_path)
-    assert calls == [32, 8, 3] and all(np.array_equal(a, PIXELS.encode(i[None])[0]) for a, i in zip(first, images))
+    assert calls == [40, 3] and all(np.array_equal(a, PIXELS.encode(i[None])[0]) for a, i in zip(first, images))
     again = encode(images, codec, tmp_path)
-    assert calls == [32, 8, 3] and all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert calls == [40, 3] and all(np.array_equal(a, b) for a, b in zip(first, again))
     encode(images, replace(codec, key="v2"), tmp_path)
-    assert calls == [32, 8, 3] * 2
+    assert calls == [40, 3] * 2
     images[41] = images[41].copy()
     images[41][0, 0, 0] ^= 1
     encode(images, codec, tmp_path)
-    assert calls == [32, 8, 3] * 2 + [3]
+    assert calls == [40, 3] * 2 + [3]
     assert not list(tmp_path.glob(".tmp*")) and encode([], codec, tmp_path) == []
 
 

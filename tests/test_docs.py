@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_the_batch_that_the_architecture_page_follows_is_the_one_it_shows():
         "5.31 M trunk, 1.57 M embedding and head, 1.02 M patch layers",
     ):
         assert words in said, words
+
+
+def test_the_layers_of_the_architecture_page_are_those_that_lint_imports_holds():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (c["layers"] for c in contracts if c["containers"] == ["transfusion"])
+    drawing = (ROOT / "docs/architecture.md").read_text().split("## The layers")[1].split("```")[1]
+    column = drawing.index("the command line") - 1  # where what a layer is for begins
+    shown = [set(line[:column].split()) for line in drawing.strip("\n").splitlines()]
+    assert shown == [set(layer.split(" | ")) for layer in layers]
 
 
 def test_every_test_that_the_architecture_page_names_exists():

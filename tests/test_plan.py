@@ -17,7 +17,16 @@ from transfusion.model.lora import TARGETS, LoraConfig
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import SEPARABLE, ModelConfig, build_model, row_mask
 from transfusion.optim import build_optimizers, freeze, init_ema
-from transfusion.plan import count_6nd, count_flops, count_images, count_packed, estimate_memory, patch_layers, plan
+from transfusion.plan import (
+    copies,
+    count_6nd,
+    count_flops,
+    count_images,
+    count_packed,
+    estimate_memory,
+    patch_layers,
+    plan,
+)
 from transfusion.run import RunConfig, TrainConfig
 from transfusion.sequence import Format, Image, Text, collate, lay_out
 
@@ -30,22 +39,28 @@ CONFIG = RunConfig(
 
 def micro_batches(config: RunConfig):
     """A step's batches of random captions and text, with the config's sizes."""
-    g = torch.Generator().manual_seed(0)
-    words = torch.randint(10, config.model.vocab_size, (6000,), generator=g).tolist()
-    corpus = corpus_of([[words[i : i + 1]] for i in range(20)], [words], image_share=config.data.image_share)
-    corpus = replace(corpus, fmt=Format(corpus.special, config.model.patch_size))
+    m, g, codes = config.model, torch.Generator().manual_seed(0), N_CODES * (config.model.patches == "codes")
+    fmt = Format(SPECIAL, m.patch_size, m.image_positions, m.vocab_size - m.sides - codes, m.sides, codes)
+    words = torch.randint(10, fmt.text_tokens, (6000,), generator=g).tolist()
+    shares = {name: getattr(config.data, name) for name in ("image_share", "caption_first", "conditioning")}
+    corpus = replace(corpus_of([[words[i : i + 1]] for i in range(20)], [words], **shares), fmt=fmt)
     train, twice = corpus.captions["train"], config.data.image_size // 8
-    corpus.captions["train"] = replace(train, images=[i.repeat(twice, 0).repeat(twice, 1) for i in train.images])
+    images = [i.repeat(twice, 0).repeat(twice, 1) for i in train.images]
+    latents = [i[..., 0].astype(int) % N_CODES for i in images] if codes else None
+    corpus.captions["train"] = replace(train, images=images, latents=latents)
     return Packer(corpus, corpus.fmt, 0, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
 
 
+N_CODES = 7
+CODES = {"patches": "codes", "patch_size": 1, "data": {"image_size": 8}}
+CLEAN = {"data": {"conditioning": "clean", "caption_first": 0.4}}
 UNET = {"patches": "unet", "unet_width": 8, "unet_blocks": 2}
 LORA = LoraConfig(8, target_modules=TARGETS)
 
 
-def with_model(config: RunConfig, freeze: tuple[str, ...] = (), **fields) -> RunConfig:
+def with_model(config: RunConfig, freeze: tuple[str, ...] = (), data: dict | None = None, **fields) -> RunConfig:
     model, optim = replace(config.model, **fields), replace(config.optim, freeze=freeze)
-    return replace(config, model=model, optim=optim)
+    return replace(config, model=model, optim=optim, data=replace(config.data, **data or {}))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +72,8 @@ def with_model(config: RunConfig, freeze: tuple[str, ...] = (), **fields) -> Run
         (0.8, 1, {"head_width": 48}),
         (0.8, 2, {"refine_width": 32}),
         (0.8, 2, UNET),
+        (0.8, 1, CLEAN),
+        (0.8, 2, CLEAN | UNET | {"sides": 4}),
         (0.0, 1, UNET),
         (0.8, 1, UNET | {"freeze": ("patches",)}),
         (0.8, 1, {"refine_width": 32, "freeze": ("patches",)}),
@@ -77,7 +94,10 @@ def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, fields, 
     freeze(model, config.optim.freeze)
     images = sum(batch.n_images for batch in batches)
     assert images <= count_images(config) <= 1.2 * images  # captions take positions that the plan knows nothing of
+    copied = sum(len(batch.grids) for batch in batches) / images - 1 if images else 0
+    assert copied == pytest.approx(copies(config), abs=0.15) and bool(copied) == bool(copies(config) * share)
     monkeypatch.setattr("transfusion.plan.count_images", lambda config: images)
+    monkeypatch.setattr("transfusion.plan.copies", lambda config: copied)
     monkeypatch.setattr("transfusion.loss.row_mask", lambda b, model: dense_mask(b.document, b.image, b.hidden))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch counts no other of a CPU
         loop.gradients(model, batches, config, 0)
@@ -237,7 +257,17 @@ def test_the_plan_is_a_table_with_totals_that_add_up():
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"separate": SEPARABLE, "freeze": ("text",)}, UNET, {"lora": LORA, "freeze": ("text", "image")}],
+    [
+        {},
+        {"separate": SEPARABLE, "freeze": ("text",)},
+        UNET,
+        {"lora": LORA, "freeze": ("text", "image")},
+        CODES,
+        CLEAN,
+        CLEAN | UNET | {"separate": SEPARABLE, "sides": 4},
+        {"causal_images": True},
+        CLEAN | {"causal_images": True},
+    ],
     ids=str,
 )
 def test_flops_of_packed_rows_are_those_that_torch_counts_of_them_but_for_pairs_that_the_mask_forbids(fields):
@@ -248,14 +278,14 @@ def test_flops_of_packed_rows_are_those_that_torch_counts_of_them_but_for_pairs_
         loop.gradients(model, batches, config, 0)
     operations = counter.get_flop_counts()["Global"]
     operations.pop(torch.ops.aten.bmm)
-    pairs = 0
+    assert any(b.hidden.any() for b in batches) == (config.data.conditioning == "clean")
+    m, pairs = config.model, 0
     for b in batches:
-        document, image = b.document.tolist(), b.image.tolist()
-        for d, im in zip(document, image):
-            pairs += sum(
-                d[q] == d[k] >= 0 and (k <= q or im[q] == im[k] >= 0) for q in range(len(d)) for k in range(len(d))
-            )
-    m = config.model
+        for d, im, hidden in zip(b.document.tolist(), b.image.tolist(), b.hidden.tolist()):
+            for q, k in np.ndindex(len(d), len(d)):
+                mates = im[q] == im[k] >= 0
+                before = k <= q or (mates and not m.causal_images)
+                pairs += d[q] == d[k] >= 0 and before and (mates or not hidden[k])
     attention = 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs
     assert count_packed(config, batches) - attention == pytest.approx(sum(operations.values()), rel=0.01)
 

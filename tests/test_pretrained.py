@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_codec_load import saved
 from test_documents import folder_of_images
 
 import transfusion
@@ -93,6 +94,37 @@ def test_an_exported_folder_in_bf16_is_the_model_within_rounding(run, tmp_path):
         torch.testing.assert_close(got[name], tensor, rtol=2**-8, atol=1e-30)
     again = weights(load(export(tmp_path / "out", tmp_path / "again")))  # bf16 to bf16 loses nothing more
     assert same(got, again)
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers
+@pytest.mark.parametrize("where", ["", "vae"])
+def test_an_exported_folder_carries_its_autoencoder_of_diffusers_and_draws_elsewhere(where, run, tmp_path):
+    theirs = tmp_path / "theirs"
+    saved(theirs / where, "AutoencoderDC")
+    for name in ("unet.safetensors", ".cache") if where else (".cache",):
+        (theirs / name).touch()  # of no use to a codec
+    config = replace(find(run).config, init="")
+    model = replace(config.model, patch_size=2, channels=0, vocab_size=0)
+    data = replace(config.data, codec=f"diffusers:{theirs}", factor=0)
+    train(replace(config, model=model, data=data), tmp_path / "run")
+    want, out = load(tmp_path / "run", "cpu").draw(["picture"]), export(tmp_path / "run", tmp_path / "out", "fp32")
+    there = {p.relative_to(theirs / where).as_posix() for p in (theirs / where).iterdir()} - {".cache"}
+    assert "config.json" in there and there == {p.name for p in (out / "codec").iterdir()}
+    assert json.loads((out / "config.json").read_text())["data"]["codec"] == "diffusers:codec"
+    shutil.rmtree(theirs), shutil.rmtree(tmp_path / "run")
+    assert load(out.rename(tmp_path / "elsewhere"), "cpu").draw(["picture"]) == want
+    again = export(tmp_path / "elsewhere", tmp_path / "again", "fp32")
+    assert load(again, "cpu").draw(["picture"]) == want
+
+
+def test_an_autoencoder_of_the_hub_stays_a_name_in_an_exported_folder(run, tmp_path):
+    out = export(run, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    config["data"]["codec"] = "diffusers:owner/name"
+    (out / "config.json").write_text(json.dumps(config))
+    again = export(out, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())["data"]["codec"] == "diffusers:owner/name"
+    assert not (again / "codec").exists()
 
 
 def test_the_card_of_an_exported_folder_says_what_it_is(run, tmp_path):

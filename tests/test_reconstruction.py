@@ -20,36 +20,10 @@ from transfusion.data.crops import CropConfig, Crops
 from transfusion.evals import reconstruction
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 
-CONFIG = """
-device = "cpu"
-[codec]
-width = 8
-multipliers = [1, 2]
-blocks = 1
-groups = 4
-latent_channels = 3
-[discriminator]
-width = 8
-layers = 1
-[loss]
-gan_start = 1
-[data]
-images = "{folder}/pictures"
-image_size = 16
-[train]
-steps = 4
-batch = 2
-precision = "fp32"
-save_every = 2
-"""
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("codec")
-    write_tiny(folder)
-    (folder / "codec.toml").write_text(CONFIG.format(folder=folder.as_posix()))
-    return folder / "codec.toml"
+    return write_tiny(tmp_path_factory.mktemp("codec")).with_name("codec.toml")
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,25 @@ OPTIONS = {
         "image_positions": "axial",
         "patch_positions": True,
     },
+    "unet of three stages": {"patches": "unet", "unet_width": 4, "unet_blocks": 1, "patch_size": 8},
+    "sides": {"sides": 9, "vocab_size": VOCAB + 9},
+}
+CODES = 7
+CODED = {  # images without patches: for tests that look at positions alone
+    "codes": {"patches": "codes", "patch_size": 1, "vocab_size": VOCAB + CODES},
+    "codes, all": {
+        "patches": "codes",
+        "patch_size": 1,
+        "sides": 9,
+        "vocab_size": VOCAB + 9 + CODES,
+        "n_kv_heads": 1,
+        "qk_norm": True,
+        "norm": "post",
+        "image_positions": "axial",
+    },
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+options_and_codes = pytest.mark.parametrize("options", [*OPTIONS.values(), *CODED.values()], ids=[*OPTIONS, *CODED])
 
 # three images of different sizes in one document, one with a clean copy, a second document with one that is given, a
 # third of text, padding
@@ -74,7 +91,8 @@ def random_model(device="cpu", **options):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            scale = 1.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.2
+            gain = 0.7 if p.ndim == 4 else 1.5  # convolutions: or numbers grow with a U-Net's depth
+            scale = gain / p[0].numel() ** 0.5 if p.ndim > 1 else 0.2
             p.copy_(torch.randn(p.shape, generator=generator) * scale)
             if p.ndim == 1:
                 p.add_(1)
@@ -83,7 +101,8 @@ def random_model(device="cpu", **options):
 
 def format_of(options):
     fmt = FORMATS[options.get("image_positions", "raster")]
-    return replace(fmt, patch_size=options.get("patch_size", PATCH_SIZE))
+    sizes = {"patch_size": options.get("patch_size", PATCH_SIZE), "sides": options.get("sides", 0)}
+    return replace(fmt, **sizes, text_tokens=VOCAB, codes=CODES * (options.get("patches") == "codes"))
 
 
 def row(options, documents=DOCUMENTS, padding=2):
@@ -228,7 +247,7 @@ def test_a_post_norm_layer_is_the_one_written_out():
 # -- leaks
 
 
-@options
+@options_and_codes
 @pytest.mark.parametrize("build", [dense_mask, varlen_mask])
 def test_an_output_changes_exactly_where_the_mask_lets_it_see_the_change(options, build):
     model = random_model(**options)
@@ -309,13 +328,13 @@ def test_patches_of_one_image_that_look_the_same_are_told_apart_by_their_place()
 # -- two roads
 
 
-@options
+@options_and_codes
 def test_a_packed_document_has_the_outputs_that_it_has_alone(options):
     model = random_model(**options)
     fmt = format_of(options)
     rows = [DOCUMENTS, [[4], [1, (3, 2), 1]], [[(2, 2)], [(1, 1), 1, (2, 3), 3]]]
     rng = np.random.default_rng(0)
-    sequences = [[lay_out(document(rng, parts, fmt.patch_size), fmt) for parts in row] for row in rows]
+    sequences = [[lay_out(document(rng, parts, fmt), fmt) for parts in row] for row in rows]
     b = collate(sequences, 40, fmt)
     z, t = torch.from_numpy(rng.standard_normal(b.patches.shape, np.float32)), torch.linspace(0.1, 1, len(b.grids))
     logits, p = outputs(model, b, z, t)
@@ -380,12 +399,14 @@ CUTS = {
 }
 
 
-@options
+@options_and_codes
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_the_cache_gives_what_the_whole_sequence_gives(options, cuts):
     model = random_model(**options)
     fmt = format_of(options)
-    s = lay_out(document(np.random.default_rng(0), IN_CACHE, fmt.patch_size), fmt)
+    s = lay_out(document(np.random.default_rng(0), IN_CACHE, fmt), fmt)
+    unsized = np.flatnonzero((s.tokens < VOCAB) | (s.tokens >= fmt.first_code))  # where it stands without its sides
+    cuts = unsized[cuts].tolist()
     z, t = torch.randn(s.patches.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.7])
     logits, p = outputs(model, collate([[s]], len(s), fmt), z, t)
     cache = model.new_cache(3, len(s) + 4, torch.float32)
@@ -402,9 +423,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(options, cuts):
 def test_sequences_of_different_lengths_share_a_cache(options):
     model = random_model(**options)
     fmt, rng = format_of(options), np.random.default_rng(0)
-    sequences = [
-        lay_out(document(rng, parts, fmt.patch_size), fmt) for parts in ([2, (3, 3)], [7, (1, 2)], [1, (2, 2)])
-    ]
+    sequences = [lay_out(document(rng, parts, fmt), fmt) for parts in ([2, (3, 3)], [7, (1, 2)], [1, (2, 2)])]
     z = [torch.from_numpy(s.patches) for s in sequences]
     t = [torch.tensor([level]) for level in (0.2, 0.5, 0.9)]
     cache = model.new_cache(3, 32, torch.float32)
@@ -475,7 +494,7 @@ def test_compiled_blocks_on_a_gpu_give_the_loss_and_gradients_of_the_dense_mask(
             length = row(options, documents, 0)[0].tokens.shape[1]
             b, z, t = row(options, documents, padding=-length % 128)
             b, z, t = b.to("cuda"), z.cuda(), t.cuda()
-            mask = (block_mask if road == "compiled" else dense_mask)(b.document, b.image, b.hidden)
+            mask = (block_mask if road == "compiled" else dense_mask)(*layout_of(model, b))
             logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
             losses.append(torch.nn.functional.cross_entropy(logits, b.target) + (p - z).square().mean())
         sum(losses).backward()

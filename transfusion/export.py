@@ -1,5 +1,5 @@
 """A trained model or codec as one folder: model.safetensors (averaged weights), config.json, README.md, and of a model
-its tokenizer.json.
+its tokenizer.json, and codec/ where its codec lies in a folder of this machine.
 
 Adapters are merged into the weights, so that every exported folder is one plain model, and lie in adapters/ beside it.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transfusion.adapters import merge, save_adapters
 from transfusion.checkpoint import STATE, atomic_folder, read_state
+from transfusion.codec.foreign import DIFFUSERS, local_folder
 from transfusion.codec.load import find_codec, holds_codec
 from transfusion.config import from_dict, to_dict, to_toml
 from transfusion.model.lora import LoraConfig
@@ -101,7 +102,7 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
         if parts.tokenizer:
             shutil.copyfile(parts.tokenizer, folder / TOKENIZER)
         if parts.codec:
-            export(parts.codec, folder / CODEC, "fp32", license)  # to the bit what the model learned its latents from
+            copy_codec(parts.codec, folder / CODEC, license)
         if parts.adapters:
             save_adapters(parts.adapters, parts.lora, folder / "adapters")
         text = parts.card.format(
@@ -118,6 +119,15 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
     return out
 
 
+def copy_codec(name: str, out: Path, license: str):
+    """Writes the codec of that name into the folder `out`, to the bit what the model learned its latents from."""
+    foreign = local_folder(name)
+    if foreign:
+        shutil.copytree(foreign, out, ignore=shutil.ignore_patterns(".*"))
+    else:
+        export(name, out, "fp32", license)
+
+
 def model_parts(name: str | Path) -> Parts:
     """Those of a trained model."""
     config, weights, tokenizer = find(name)
@@ -127,9 +137,11 @@ def model_parts(name: str | Path) -> Parts:
     for field in ("text", "documents"):
         card = card.replace(f"{{{field}}}", ", ".join(getattr(config.data, field)) or "none")
     tensors = load_file(weights)
-    codec = config.data.codec if holds_codec(config.data.codec) else ""
-    if codec:
-        config = replace(config, data=replace(config.data, codec=CODEC))
+    codec, foreign = config.data.codec, local_folder(config.data.codec)
+    if foreign or holds_codec(codec):
+        config = replace(config, data=replace(config.data, codec=DIFFUSERS + CODEC if foreign else CODEC))
+    else:
+        codec = ""
     if not lora.r:
         return Parts(weights, tensors, config, card, tokenizer, codec)
     merged, model = merge(tensors, config.model)

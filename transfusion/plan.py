@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.codec.codec import patch_grid
+from transfusion.data.documents import has_copies
 from transfusion.model.fold import Grids
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
@@ -36,10 +37,21 @@ def grid_of(config: RunConfig) -> tuple[int, int]:
     return patch_grid(config.data.sizes[0], config.data.factor, config.model.patch_size)
 
 
+def copies(config: RunConfig) -> float:
+    """Clean copies an image: of captioned ones; what documents with images anywhere have is only known once read."""
+    return (1 - config.data.caption_first) * has_copies(config.data, config.model.patches == "codes")
+
+
 def count_images(config: RunConfig) -> float:
     """Images of a step whose rows are filled to their last position; captions make it a little less."""
-    positions = math.prod(grid_of(config)) + (4 if config.model.sides else 2)  # <boi> [sides] patches <eoi>
+    positions = math.prod(grid_of(config)) * (1 + copies(config))
+    positions += 4 if config.model.sides else 2  # <boi> [sides] patches <eoi>
     return config.train.rows * config.train.seq_len * config.data.image_share / positions
+
+
+def count_encoded(config: RunConfig) -> float:
+    """Images of a step that go through the patch layers, clean copies counted too; codes do not."""
+    return count_images(config) * (1 + copies(config)) * (config.model.patches != "codes")
 
 
 def patch_layers(config: ModelConfig, grids: Grids) -> tuple[dict[str, int], int]:
@@ -90,10 +102,10 @@ def flops_by_part(
 
 def count_flops(config: RunConfig) -> dict[str, float]:
     """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
-    m, c, images, grid = config.model, config.train, count_images(config), grid_of(config)
+    m, c, images, grid = config.model, config.train, count_encoded(config), grid_of(config)
     positions = c.rows * c.seq_len
     of_layers, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
-    patches = math.prod(grid) * images * (m.patches != "codes")  # codes are targets of the text head
+    patches = math.prod(grid) * images  # codes are targets of the text head
     of_layers = {name: n * images for name, n in of_layers.items()}
     return flops_by_part(config, positions, patches, positions - patches, c.seq_len / 2 * positions, of_layers)
 
@@ -136,7 +148,7 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
         "gradients": train,
         "optimizer": 2 * train,
         "average": train if config.optim.ema else 0.0,
-        "activations (about)": positions * m.n_layers * layer + 2.0 * kept * count_images(config) / c.accumulate,
+        "activations (about)": positions * m.n_layers * layer + 2.0 * kept * count_encoded(config) / c.accumulate,
         "logits (at most)": positions * m.vocab_size * 10.0,
     }
 

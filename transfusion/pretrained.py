@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from transfusion import checkpoint
+from transfusion.codec.foreign import DIFFUSERS
 from transfusion.config import from_dict
 from transfusion.generate import Engine
 from transfusion.model.transformer import build_model
@@ -54,7 +55,8 @@ def find(name: str | Path) -> Trained:
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}: export the model again")
         if (folder / CODEC).is_dir():
-            config = replace(config, data=replace(config.data, codec=str(folder / CODEC)))
+            kind = DIFFUSERS if config.data.codec.startswith(DIFFUSERS) else ""
+            config = replace(config, data=replace(config.data, codec=f"{kind}{folder / CODEC}"))
         return Trained(config, folder / WEIGHTS, folder / TOKENIZER)
     step = checkpoint.newest(folder)
     if step is None:

@@ -17,6 +17,7 @@ from transfusion import config as configs
 from transfusion.codec.autoencoder import Autoencoder, CodecConfig
 from transfusion.codec.bottleneck import UNUSED
 from transfusion.codec.discriminator import DiscriminatorConfig
+from transfusion.codec.foreign import DIFFUSERS
 from transfusion.codec.learned import device_of, to_bytes, to_tensor
 from transfusion.codec.load import find_codec
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients, reconstruct
@@ -137,7 +138,7 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
 
 def data_of(name: str) -> CropConfig:
     """The data that a codec was trained on; the shipped drawings where its name does not tell."""
-    if name == "pixels" or name.startswith("diffusers:"):
+    if name == "pixels" or name.startswith(DIFFUSERS):
         return CropConfig()
     return configs.from_dict(CodecRunConfig, find_codec(name).config).data
 

@@ -13,33 +13,43 @@ from torch import Tensor, nn
 from transfusion.codec.codec import Codec
 from transfusion.codec.learned import by_parts, digest, tensor, to_bytes, to_tensor
 
+DIFFUSERS = "diffusers:"
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
-PROBE = 64  # pixels a side of the image that tells factor and channels
+PROBE = 128  # pixels a side of the image that tells factor and channels: a cell of the largest factor that there is
+
+
+def local_folder(name: str) -> Path | None:
+    """Where config.json and weights of diffusers:FOLDER lie, in its vae/ if it has one; None of any other name."""
+    folder = Path(name.removeprefix(DIFFUSERS)).expanduser()
+    if not name.startswith(DIFFUSERS) or not folder.is_dir():
+        return None
+    return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
 def diffusers_codec(name: str, device: torch.device | str = "cpu") -> Codec:
-    """The codec of a folder or a hub name; the latents are its mode, as they leave its encoder."""
+    """The codec of a name that begins with "diffusers:"; the latents are its mode, as they leave its encoder."""
     try:
         import diffusers
     except ImportError:
-        raise ValueError(f"diffusers:{name} needs diffusers installed: pip install diffusers") from None
-    folder = Path(name).expanduser()
-    subfolder = "vae" if (folder / "vae").is_dir() else ""
-    local = str(folder) if folder.is_dir() else name
+        raise ValueError(f"{name} needs diffusers installed: pip install diffusers") from None
+    local = str(local_folder(name) or name.removeprefix(DIFFUSERS))
     try:
-        config, _ = diffusers.AutoencoderKL.load_config(local, subfolder=subfolder, return_unused_kwargs=True)
-        kind = config["_class_name"]
+        config, _ = diffusers.AutoencoderKL.load_config(local, return_unused_kwargs=True)
+        kind = config.get("_class_name", "that diffusers does not name")  # a codec of our own
         if kind not in KINDS:
-            raise ValueError(f"diffusers:{name} is of the kind {kind}; known are {', '.join(KINDS)}")
-        model = getattr(diffusers, kind).from_pretrained(local, subfolder=subfolder or None)
+            raise ValueError(
+                f"{name} is of the kind {kind}; known are {', '.join(KINDS)}, and a codec of train-codec goes "
+                "by its folder alone"
+            )
+        model = getattr(diffusers, kind).from_pretrained(local)
     except OSError as error:
-        raise ValueError(f"diffusers:{name} holds no autoencoder: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name} holds no autoencoder: {str(error).splitlines()[0]}") from None
     device = torch.device(device)
     model.eval().requires_grad_(False).to(device)
     with torch.no_grad():
         z = mode(model, to_tensor(np.zeros((1, PROBE, PROBE, 3), np.uint8), device))
     return Codec(
-        f"diffusers:{name}",
+        name,
         channels=z.shape[1],
         factor=PROBE // z.shape[2],
         limit=None,

@@ -17,7 +17,7 @@ import torch
 from transfusion import checkpoint
 from transfusion.codec.autoencoder import CodecConfig, build_autoencoder
 from transfusion.codec.codec import PIXELS, Codec
-from transfusion.codec.foreign import diffusers_codec
+from transfusion.codec.foreign import DIFFUSERS, diffusers_codec
 from transfusion.codec.learned import learned_codec
 from transfusion.config import from_dict
 
@@ -38,9 +38,8 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     """The codec of that name, its networks on `device`; ValueError says what is there instead."""
     if name == "pixels":
         return PIXELS
-    kind, _, rest = name.partition(":")
-    if kind == "diffusers":
-        return diffusers_codec(rest, device)
+    if name.startswith(DIFFUSERS):
+        return diffusers_codec(name, device)
     config, weights, prefix = find_codec(name)
     model = build_autoencoder(from_dict(CodecConfig, config["codec"]))
     checkpoint.load_weights(model, weights, prefix=prefix)

@@ -44,7 +44,7 @@ def build_corpus(
     corpus = Corpus(config, fmt, codec, captions, works, held_out)
     corpus = with_documents(corpus, document_sets, tokenizer, seq_len, reports)
     if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
-        need = 2 + min(image_length(grid, fmt, has_copies(config, fmt)) for grid in grids)
+        need = 2 + min(image_length(grid, fmt, has_copies(config, fmt.codes)) for grid in grids)
         raise ValueError(
             f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
             "train.seq_len or model.patch_size"
@@ -70,7 +70,7 @@ def captions_of(
         for i in members:
             of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
             grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
-            room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt))
+            room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt.codes))
             fits = [j for j, c in enumerate(of_image) if len(c) <= room]
             source = f"images {images.name}"
             if not fits:
@@ -126,11 +126,28 @@ def with_latents(corpus: Corpus) -> Corpus:
         placed = (s for d in corpus.interleaved.documents["train"] for s in d.segments if isinstance(s, Placed))
         seen = raw["train"] + [raw["interleaved"][i] for i in sorted({s.number for s in placed})]
         if not config.latent_mean:
-            mean, std = latent_cache.statistics(seen) if seen else ((0.0,) * codec.channels, (1.0,) * codec.channels)
+            mean, std = measured(seen, codec)
             config = replace(config, latent_mean=mean, latent_std=std)
+        codec = codec.standardised(config.latent_mean, config.latent_std)
         mean, std = (np.float32(v)[:, None, None] for v in (config.latent_mean, config.latent_std))
         encoded = {name: [(x - mean) / std for x in latents] for name, latents in raw.items()}
-        codec = codec.standardised(config.latent_mean, config.latent_std)
     interleaved = replace(corpus.interleaved, latents=encoded.pop("interleaved"))
     captions = {split: replace(c, latents=encoded[split]) for split, c in corpus.captions.items()}
     return replace(corpus, config=config, codec=codec, captions=captions, interleaved=interleaved)
+
+
+def measured(latents: list[np.ndarray], codec: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel over the latents of training; ValueError where one never changes."""
+    if not latents:
+        return (0.0,) * codec.channels, (1.0,) * codec.channels
+    mean, std = latent_cache.statistics(latents)
+    rounding = 1e-6 * max(*std, *map(abs, mean))
+    flat = [channel for channel, deviation in enumerate(std) if deviation <= rounding]
+    if flat:
+        given = [",".join(f"{x:.4g}" for x in v) for v in (mean, [1 if i in flat else x for i, x in enumerate(std)])]
+        raise ValueError(
+            f"channels {flat} of {codec.name} hold the same number in all of {len(latents)} images, which leaves no "
+            "deviation to divide by: train on images that differ, name another data.codec, or say "
+            f"data.latent_mean={given[0]} data.latent_std={given[1]}"
+        )
+    return mean, std

@@ -63,6 +63,11 @@ class DataConfig:
             raise ValueError("data.images is empty: name a folder of captioned images, or set data.image_share=0")
         if self.image_share < 1 and not self.text:
             raise ValueError("data.text is empty: name a text file or folder, or set data.image_share=1")
+        if len(self.latent_mean) != len(self.latent_std):
+            raise ValueError(
+                f"data.latent_mean has {len(self.latent_mean)} numbers, data.latent_std has {len(self.latent_std)}: "
+                "give one of each for every channel, or leave both out, and they are measured"
+            )
         for text in self.buckets:
             parse_size(text)
 
@@ -72,9 +77,9 @@ class DataConfig:
         return tuple(map(parse_size, self.buckets)) or ((self.image_size, self.image_size),)
 
 
-def has_copies(config: DataConfig, fmt: Format) -> bool:
+def has_copies(config: DataConfig, codes: int) -> bool:
     """Whether an image that is read later has a clean copy; codes are clean as they are."""
-    return config.conditioning == "clean" and not fmt.codes
+    return config.conditioning == "clean" and not codes
 
 
 def image_alone(special: Special, image: Image | Codes) -> list[Segment]:
@@ -188,7 +193,7 @@ class Corpus:
     @property
     def copies(self) -> bool:
         """Whether an image that is read later has a clean copy."""
-        return has_copies(self.config, self.fmt)
+        return has_copies(self.config, self.fmt.codes)
 
     @property
     def read_limit(self) -> float:

@@ -15,8 +15,6 @@ import numpy as np
 
 from transfusion.codec.codec import Codec
 
-AT_ONCE = 32  # images in a call of the codec
-
 
 def encode(images: Sequence[np.ndarray], codec: Codec, folder: Path) -> list[np.ndarray]:
     """[C, h, w] of each image [H, W, 3] uint8, from the files in `folder` where they are there, else into them."""
@@ -38,8 +36,7 @@ def kept(images: np.ndarray, codec: Codec, folder: Path) -> np.ndarray:
     if file.is_file():
         return np.load(file)
     print(f"encoding {len(images)} images with {codec.name} into {file}")
-    parts = [codec.encode(images[i : i + AT_ONCE]) for i in range(0, len(images), AT_ONCE)]
-    latents = np.concatenate(parts)
+    latents = codec.encode(images)  # in parts, where it is a network (codec/learned.py)
     folder.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     with new.open("wb") as out:
