@@ -238,6 +238,11 @@ def test_statistics_that_cannot_be_are_refused_with_what_to_give(given, remedy, 
         corpus_of(tmp_path, codec=KEYED, **given)
 
 
+def test_pixels_are_not_standardised_and_statistics_for_them_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="pixels are taken as they are: leave it out"):
+        corpus_of(tmp_path, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
+
+
 def test_latents_are_encoded_once_and_anew_when_the_codec_or_an_image_changes(tmp_path):
     calls = []
     codec = replace(KEYED, encode=lambda images: calls.append(len(images)) or PIXELS.encode(images))

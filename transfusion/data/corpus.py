@@ -116,6 +116,8 @@ def with_latents(corpus: Corpus) -> Corpus:
     codes where the format says so. A codec that costs nothing encodes when it is asked to."""
     config, codec = corpus.config, corpus.codec
     if not codec.key:
+        if config.latent_mean:
+            raise ValueError(f"data.latent_mean is of latents, and {codec.name} are taken as they are: leave it out")
         return corpus
     config, folder = replace(config, codec_key=codec.key), cachedir("latents")
     groups = {**corpus.captions, "interleaved": corpus.interleaved}
