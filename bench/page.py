@@ -183,7 +183,7 @@ def tables(question: Question, lines: list[dict], best: dict[tuple, float]) -> I
         rows.append(
             case
             | {"arm": line["arm"]}
-            | cells(line, first.get(json.dumps(line["case"]), missing), best[threads_of(line)])
+            | cells(line, first.get(json.dumps(line["case"]), missing), best.get(threads_of(line), math.nan))
         )
     yield from table(rows)
 
