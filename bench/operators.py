@@ -1,6 +1,6 @@
 """Where a training step goes: seconds by class of operator (torch.profiler), and those at its two limits.
 
-    at the limits = max(FLOPs / peak, bytes / bandwidth)    FLOPs and bytes by torch's dispatcher, in a pass of their own
+    at the limits = max(FLOPs / peak, bytes / bandwidth)     both by torch's dispatcher, in a pass of their own
 
 matmul               products with weights
 attention            scores, softmax, weighted sums: SDPA's kernels, or the batched products of attention by documents

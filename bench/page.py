@@ -45,6 +45,7 @@ transfusion-pytorch has a virtual environment of its own, PEER, which these comm
 ```
 
 Without one it is left out, and says so. transformers' Llama needs nothing besides the packages of the tests.
+`TRANSFUSION_PEER_PYTHON=PEER/bin/python` lets the tests ask transfusion-pytorch too.
 `field=value` changes a case everywhere (its fields are in `bench/content.py`), as in
 `python bench/ask.py training dim=64 depth=2 peak=64 --repeat 1`.
 

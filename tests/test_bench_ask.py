@@ -135,7 +135,7 @@ def test_questions_that_are_none_and_fields_that_are_none_are_refused(capsys):
         (["threads=1"], "name a question: training"),
         (["training", "precision=fp16"], "precision = 'fp16': choose bf16 or fp32"),
         (["training", "threads=0"], "threads = 0: at least 1"),
-        (["training", "dim=96"], "dim = 96 does not split into heads = 4"),
+        (["training", "dim=90"], "dim = 90 does not split into heads = 4"),
         (["training", "--commit", ""], "give the code's by --commit"),
     ):
         assert ask.main(wrong) == 2
