@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=11, help="rounds besides the first")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
     parser.add_argument(
-        "--case-minutes", type=float, default=1.0, help="begin no round but the first three after so many"
+        "--case-minutes", type=float, default=0.5, help="begin no round but the first three after so many"
     )
     parser.add_argument("--commit", default=commit(), help="of the code, where git does not know it")
     parser.add_argument(
