@@ -9,7 +9,9 @@ transfusion_pytorch, transformers                   the peers' imports
 import os
 import subprocess
 import sys
-from tempfile import TemporaryDirectory
+import weakref
+from shutil import rmtree
+from tempfile import mkdtemp
 
 from answer import Repeat
 from clock import Clock
@@ -43,16 +45,17 @@ def starting(case: Case, clock: Clock) -> tuple[Repeat, dict]:
         if process.returncode or until:
             raise ValueError(f"{' '.join(command)}: exit status {process.returncode}: {''.join(said)}")
 
-    command, until, folder = COMMANDS.get(case.way), None, None
+    def repeat(i: int):
+        with clock("process"):
+            run(command, until)
+
+    command, until = COMMANDS.get(case.way), None
     if case.way == "resume":
-        folder = TemporaryDirectory()
-        command = [*CLI, "train", case.config, f"out={folder.name}/run", "train.log_every=1", "train.sample_every=0"]
+        folder = mkdtemp()
+        weakref.finalize(repeat, rmtree, folder, ignore_errors=True)
+        command = [*CLI, "train", case.config, f"out={folder}/run", "train.log_every=1", "train.sample_every=0"]
         command, until = [*command, f"device={case.device}"], "step "
         run([*command, "train.steps=1"])
         command += ["train.steps=1000", "--resume"]
-
-    def repeat(i: int, folder=folder):  # which is there as long as this is
-        with clock("process"):
-            run(command, until)
 
     return repeat, {"units": {"starts": 1}}
