@@ -1,14 +1,16 @@
 """Measures: every arm of a question in a process of its own, repetition by repetition in turn, one JSON line a result.
 
     python bench/ask.py training --peer-python PEER/bin/python         # on an idle machine
-    python bench/ask.py gpu gpu-drawing --minutes 7                    # on a GPU
+    python bench/ask.py gpu gpu-drawing --minutes 7 --out FILE.jsonl   # on a GPU
     python bench/ask.py training dim=64 depth=2 peak=64 --repeat 1     # fields of the case (content.py), for all cases
 
 Round r begins with arm r, so that no arm always comes first. A figure is the median over the rounds, of wall and of
 processor seconds, with its quartiles; round 0 is warm-up. What could not be measured is a line too, with its error.
+Lines go to bench/results, those of cases with changed fields to runs/bench.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -22,12 +24,15 @@ from statistics import median, quantiles
 
 from content import Case
 from machine import ROOT, commit, hardware
-from questions import MAKE_PEER, PEER, QUESTIONS, Arm, Question
+from questions import MAKE_PEER, OWN, PEER, QUESTIONS, Arm
 
 from transfusion.config import override
 
 NO_PEER = f"""Its Python is to be named by --peer-python PEER/bin/python, and made by
 {MAKE_PEER}"""
+
+
+CLOCKS = ("wall", "cpu")
 
 
 class Worker:
@@ -62,7 +67,8 @@ class Worker:
         return self.reply()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it tries once more to send what could not be sent
+            self.process.stdin.close()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
@@ -80,19 +86,18 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def summary(replies: list[dict]) -> dict:
     """What the repetitions of an arm come to."""
-    wall, cpu = ([sum(part[k] for part in r["parts"].values()) for r in replies] for k in (0, 1))
+    rounds = {clock: [sum(p[k] for p in r["parts"].values()) for r in replies] for k, clock in enumerate(CLOCKS)}
     parts = {
-        name: {clock: median(r["parts"][name][k] for r in replies) for k, clock in enumerate(("wall", "cpu"))}
+        name: {clock: median(r["parts"][name][k] for r in replies) for k, clock in enumerate(CLOCKS)}
         for name in replies[0]["parts"]
     }
-    calibration = [r["calibration"] for r in replies]
     return {
         "n": len(replies),
-        "wall": spread(wall),
-        "cpu": spread(cpu),
+        **{clock: spread(seconds) for clock, seconds in rounds.items()},
+        "rounds": rounds,
         "parts": parts,
         "numbers": {name: median(r["numbers"][name] for r in replies) for name in replies[0]["numbers"]},
-        "calibration": {"median": median(calibration), "worst": min(calibration)},
+        "calibration": median(r["calibration"] for r in replies),
     }
 
 
@@ -109,7 +114,13 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
     try:
         for name, arm in arms.items():
             workers[name] = Worker(pythons[arm.python], arm, replace(case, **arm.change))
+        for name in arms:
             hellos[name] = attempt(name, workers[name].reply)
+        torches = {name: hello["versions"]["torch"] for name, hello in hellos.items() if hello}
+        if len(set(torches.values())) > 1:
+            raise ValueError(f"torch differs: {torches}: install the same one, +cpu or not, for all")
+        for name in torches:
+            attempt(name, lambda name=name: workers[name].ask(build=True))
         for r in range(rounds + 1):
             names = [name for name in arms if name not in errors]
             for name in names[r % max(1, len(names)) :] + names[: r % max(1, len(names))]:
@@ -133,47 +144,57 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure this repository and its peers in turn.")
-    parser.add_argument("what", nargs="+", metavar="QUESTION | field=value", help=f"questions: {', '.join(QUESTIONS)}")
+    parser.add_argument("what", nargs="*", metavar="QUESTION | field=value", help=f"questions: {', '.join(QUESTIONS)}")
     parser.add_argument("--peer-python", default="", help="the Python of an environment with transfusion-pytorch")
     parser.add_argument("--repeat", type=int, default=11, help="rounds besides the first")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
     parser.add_argument(
-        "--out", type=Path, help="file of results, which grows; otherwise bench/results/DATE-QUESTION.jsonl"
+        "--case-minutes", type=float, default=0.5, help="begin no round but the first three after so many"
+    )
+    parser.add_argument("--commit", default=commit(), help="of the code, where git does not know it")
+    parser.add_argument(
+        "--out", type=Path, help="file of results, which grows; otherwise DATE-QUESTION.jsonl where they belong"
     )
     args = parser.parse_intermixed_args(argv)
     asked = [w for w in args.what if "=" not in w]
     until = time.monotonic() + 60 * args.minutes
     try:
+        if not asked:
+            raise ValueError(f"name a question: {', '.join(QUESTIONS)}")
         if unknown := [name for name in asked if name not in QUESTIONS]:
             raise ValueError(f"no question {unknown[0]!r}: choose some of {', '.join(QUESTIONS)}")
         if args.repeat < 1:
             raise ValueError(f"--repeat {args.repeat}: at least 1 round beside the warm-up")
+        if not args.commit:
+            raise ValueError("git knows no commit here: give the code's by --commit")
         overrides = [w for w in args.what if "=" in w]
         cases = {name: list(dict.fromkeys(override(c, overrides) for c in QUESTIONS[name].cases)) for name in asked}
+        about = {"commit": args.commit, "run": time.strftime("%FT%T"), "load": os.getloadavg()[0]}
+        folder = ROOT / ("runs/bench" if overrides else "bench/results")
         for name in asked:
-            out = args.out or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-{name}.jsonl"
-            ask(name, QUESTIONS[name], cases[name], args.peer_python, args.repeat, until, out)
+            out = args.out or folder / f"{time.strftime('%F')}-{name}.jsonl"
+            ask(name, cases[name], args, about | {"hardware": hardware()}, until, out)
     except (ValueError, OSError) as error:
         print(f"ask: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def ask(name: str, question: Question, cases: list[Case], peer: str, rounds: int, until: float, out: Path) -> None:
-    """Appends the lines of one question to `out`."""
-    pythons = {"own": sys.executable, PEER: peer}
-    arms = {arm: a for arm, a in question.arms.items() if pythons[a.python]}
-    if left_out := sorted(set(question.arms) - set(arms)):
+def ask(name: str, cases: list[Case], args: argparse.Namespace, about: dict, until: float, out: Path) -> None:
+    """Appends the lines of one question to `out`, each with what it is `about`."""
+    pythons = {OWN: sys.executable, PEER: args.peer_python}
+    arms = {arm: a for arm, a in QUESTIONS[name].arms.items() if pythons[a.python]}
+    if left_out := sorted(set(QUESTIONS[name].arms) - set(arms)):
         print(f"{name}: not measured: {', '.join(left_out)}. {NO_PEER}", file=sys.stderr)
-    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware()}
     out.parent.mkdir(parents=True, exist_ok=True)
     for i, case in enumerate(cases):
         if time.monotonic() > until:
             print(f"{name}: not measured, the time is over: {len(cases) - i} of {len(cases)} cases", file=sys.stderr)
             return
-        for line in measure(arms, pythons, case, rounds, until):
+        case_until = min(until, time.monotonic() + 60 * args.case_minutes)
+        for line in measure(arms, pythons, case, args.repeat, case_until):
             with out.open("a") as file:
-                file.write(json.dumps({"question": name, **line, **about, "load": os.getloadavg()[0]}) + "\n")
+                file.write(json.dumps({"question": name, **line, **about}) + "\n")
             says = line.get("error") or f"{line['wall']['median']:.4g} s, processor {line['cpu']['median']:.4g} s"
             print(f"{name} {i + 1}/{len(cases)} {line['arm']}: {says}", flush=True)
 

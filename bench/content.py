@@ -8,7 +8,7 @@ read this file too, so it imports nothing but numpy.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -40,12 +40,22 @@ class Case:
     guidance: float = 1.0
     new: int = 64  # tokens to write
     # how
-    way: str = ""  # which of several ways, where the question has some: a mask, a program
-    precision: str = "bf16"
+    way: str = ""  # which one of the ways that the answer knows
+    precision: str = "bf16"  # or fp32
     threads: int = 1
     device: str = "cpu"
     compile: bool = False
     peak: tuple[int, ...] = (1024, 2048, 4096)  # sides of the products that the matmul peak is the best of
+
+    def __post_init__(self):
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision = {self.precision!r}: choose bf16 or fp32")
+        for f in fields(self):
+            value, least = getattr(self, f.name), int(f.name not in ("images", "seq_len"))
+            if type(value) is int and value < least:
+                raise ValueError(f"{f.name} = {value}: at least {least}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim = {self.dim} does not split into heads = {self.heads}: make it a multiple")
 
     @property
     def patches(self) -> int:
@@ -56,6 +66,12 @@ class Case:
     def positions(self) -> int:
         """Of content, in a row."""
         return self.documents * (self.text_tokens + self.images * self.patches)
+
+    @property
+    def units(self) -> dict[str, int]:
+        """What a training step takes."""
+        images = self.rows * self.documents * self.images
+        return {"positions": self.rows * self.positions} | ({"images": images} if images else {})
 
 
 Document = list[np.ndarray]  # [n] int64 = text, [channels, h, w] float32 = an image

@@ -8,14 +8,22 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = ("results", "plots", "README.md")  # by the measurements themselves
 FLAGS = ("amx_bf16", "avx512_bf16")  # instructions that multiply bf16
 PACKAGES = ("torch", "numpy", "transfusion", "transfusion-pytorch", "transformers")
 
 
+def git(*arguments: str) -> str:
+    """What git says of the repository; nothing where it is none."""
+    known = shutil.which("git") and (ROOT / ".git").exists()
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() if known else ""
+
+
 def commit() -> str:
-    """The commit of the code, with -dirty where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit of the code, with -dirty where it differs; results of measurements are no code. "" = not known."""
+    changed = git("status", "--porcelain", "--untracked-files=no", ".", *(f":!bench/{name}" for name in WRITTEN))
+    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
 
 
 def hardware() -> dict[str, str | int | list[str]]:

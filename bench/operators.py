@@ -1,6 +1,6 @@
-"""Where a training step goes: seconds by class of operator (torch.profiler), and the least that they could be.
+"""Where a training step goes: seconds by class of operator (torch.profiler), and those at its two limits.
 
-    least = max(FLOPs / peak, bytes / bandwidth)         FLOPs and bytes by torch's dispatcher, in a pass of their own
+    at the limits = max(FLOPs / peak, bytes / bandwidth)     both by torch's dispatcher, in a pass of their own
 
 matmul               products with weights
 attention            scores, softmax, weighted sums: SDPA's kernels, or the batched products of attention by documents
@@ -8,14 +8,15 @@ norm, elementwise    norms, activations, rotations, losses: what passes over the
 optimizer            fused AdamW
 data movement        copies, casts, gathers, scatters
 
-Bytes are those of every operator's tensors, in and out, as if nothing stayed in a cache: an upper bound, so that a
-class whose data does stay there can be faster than its least.
+Bytes are those of every operator's tensors, in and out, as if nothing stayed in a cache. That is an upper bound, so a
+class whose data does stay there can be faster.
 """
 
 import torch
+from answer import Repeat
 from clock import Clock, bandwidth
 from content import Case
-from ours import Repeat, training
+from ours import training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -2,33 +2,32 @@
 sample everywhere else. Patches carry their row and column, as the peer's do; no average of the weights, as it has none.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from answer import Repeat, facts_of
 from clock import Clock, peak_flops
 from content import Case, Document, content, prompts
+from machine import ROOT
 
 from transfusion import batching, train
 from transfusion.codec.codec import Codec
 from transfusion.config import load_config
 from transfusion.data.documents import DataConfig
 from transfusion.generate import Engine
+from transfusion.model.mask import BLOCK
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers
 from transfusion.plan import count_packed
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
 from transfusion.sequence import Batch, Format, Image, Segment, Special, Text, collate, lay_out
 
-ROOT = Path(__file__).resolve().parents[1]
 MARKERS = 6  # special tokens, behind those of the content
-FLEX_TILE = 128
-
-Repeat = Callable[[int], dict[str, float] | None]
 
 
 def config_of(case: Case) -> RunConfig:
@@ -67,7 +66,7 @@ def batch_of(case: Case, rows: list[list[Document]]) -> Batch:
     longest = max(sum(map(len, row)) for row in laid)
     if longest > (case.seq_len or longest):
         raise ValueError(f"a row takes {longest} positions, more than seq_len = {case.seq_len}: raise it")
-    tile = FLEX_TILE if case.compile or case.way.startswith("flex") else 1
+    tile = BLOCK if case.compile else 1
     return collate(laid, case.seq_len or -(-longest // tile) * tile, fmt)
 
 
@@ -89,15 +88,13 @@ def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
         with clock("data"):
             batch = batch_of(case, rows)
         with clock("backward"), patch.object(train, "losses", timed_losses):
-            train.gradients(model, [batch], config, i)
+            found = train.gradients(model, [batch], config, i)
         with clock("optimizer"):
             for optimizer in optimizers:
                 optimizer.step()
+        assert all(x.isfinite() for x in found), found
 
-    images = case.rows * case.documents * case.images
-    return repeat, {
-        "units": {"positions": case.rows * case.positions} | ({"images": images} if images else {}),
-        "parameters": sum(p.numel() for p in model.parameters()),
+    return repeat, facts_of(model, **case.units) | {
         "flops": lambda: count_packed(config, [batch_of(case, content(case, 0))]),
         "peak": lambda: peak_flops(case.peak, case.precision, case.device),
     }
@@ -128,26 +125,62 @@ def drawing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
         documents = open_prompts(case, i)
         with clock("draw"):
             drawn = engine.complete(documents, "draw", i, sampling)
-        assert [x.latents.shape[1] for (x,) in drawn] == [case.side * case.patch_size] * case.batch
+        assert len(drawn) == case.batch
+        assert all(is_drawn(case, x) for (x,) in drawn)
 
-    return repeat, {"units": {"images": case.batch}, "parameters": sum(p.numel() for p in engine.model.parameters())}
+    return repeat, facts_of(engine.model, images=case.batch)
 
 
-def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
-    """`new` tokens behind each of the prompts; fresh weights may not end a text before."""
-    engine = engine_of(case)
-    sampling, allowed = SampleConfig(guidance=1.0, max_tokens=case.new, batch=case.batch), batching.allowed
+def is_drawn(case: Case, image: Image) -> bool:
+    """Whether it has the case's size, and numbers everywhere."""
+    return image.latents.shape[1] == case.side * case.patch_size and bool(np.isfinite(image.latents).all())
+
+
+@contextmanager
+def endless(engine: Engine) -> Iterator[None]:
+    """No text ends before its last token, whatever fresh weights like."""
+    allowed = batching.allowed
 
     def without_end(*arguments) -> torch.Tensor:
         tokens = allowed(*arguments).clone()
         tokens[engine.fmt.special.eos] = False
         return tokens
 
+    with patch.object(batching, "allowed", without_end):
+        yield
+
+
+def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """`new` tokens behind each of the prompts."""
+    engine = engine_of(case)
+    sampling = SampleConfig(guidance=1.0, max_tokens=case.new, batch=case.batch)
+
     def repeat(i: int):
         documents = open_prompts(case, i)
-        with clock("write"), patch.object(batching, "allowed", without_end):
+        with clock("write"), endless(engine):
             written = engine.complete(documents, "text", i, sampling)
         assert [len(x.ids) for (x,) in written] == [case.new] * case.batch
 
-    parameters = sum(p.numel() for p in engine.model.parameters())
-    return repeat, {"units": {"tokens": case.batch * case.new}, "parameters": parameters}
+    return repeat, facts_of(engine.model, tokens=case.batch * case.new)
+
+
+def requests(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """`batch` requests, writing and drawing in turn; `way` = "one by one": each waits for the one before it."""
+    engine, together = engine_of(case), 1 if case.way == "one by one" else case.batch
+    sampling = SampleConfig(case.steps, "euler", case.guidance, max_tokens=case.new, batch=together)
+
+    def repeat(i: int):
+        documents = open_prompts(case, i)
+        with clock("answer"), endless(engine):
+            company = engine.batching()
+            asked = [engine.request(d, ("text", "draw")[j % 2], i + j, sampling) for j, d in enumerate(documents)]
+            for r in asked:
+                company.submit(r)
+            while not all(r.done for r in asked):
+                company.step()
+        for r in asked:
+            assert r.error is None, r.error
+            (x,) = r.answer
+            assert is_drawn(case, x) if r.mode == "draw" else len(x.ids) == case.new
+
+    return repeat, facts_of(engine.model, requests=case.batch)

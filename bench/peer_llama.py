@@ -1,14 +1,15 @@
 """The answers of transformers' Llama, of the same width, depth, heads and feed-forward: text alone.
 
-Training is what its Trainer does by default, autocast and fused AdamW; writing is `generate` with its cache.
+Training is what its Trainer does by default, autocast and fused AdamW; writing is `generate` with its cache, of weights
+in the precision of the case.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
+from answer import Repeat, facts_of
 from clock import Clock
 from content import Case, content, prompts
+from ours import config_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -20,7 +21,7 @@ def build(case: Case) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=case.vocab,
         hidden_size=case.dim,
-        intermediate_size=-(-8 * case.dim // 3 // 256) * 256,
+        intermediate_size=config_of(case).model.hidden_dim,
         num_hidden_layers=case.depth,
         num_attention_heads=case.heads,
         max_position_embeddings=max(2048, case.text_tokens, case.prompt + case.new),
@@ -30,11 +31,7 @@ def build(case: Case) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(case.device)
 
 
-def facts(case: Case, model: LlamaForCausalLM, **units: int) -> dict:
-    return {"units": units, "parameters": sum(p.numel() for p in model.parameters())}
-
-
-def training(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """A training step on rows of one document."""
     model = build(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
@@ -50,21 +47,21 @@ def training(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
         with clock("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
+        assert loss.isfinite()
 
-    return repeat, facts(case, model, positions=case.rows * case.positions)
+    return repeat, facts_of(model, **case.units)
 
 
-def writing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """`new` tokens behind each of the prompts."""
-    model = build(case).eval()
+    model = build(case).eval().to(torch.bfloat16 if case.precision == "bf16" else torch.float32)
+    options = {"max_new_tokens": case.new, "do_sample": True, "top_k": 0, "pad_token_id": 0}  # top_k: its default is 50
 
     def repeat(i: int):
         tokens = torch.from_numpy(np.stack([prompt[0] for prompt in prompts(case, i)])).to(case.device)
         torch.manual_seed(i)
-        with clock("write"), torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
-            out = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=case.new, do_sample=True, pad_token_id=0
-            )
+        with clock("write"):
+            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
         assert out.shape == (case.batch, case.prompt + case.new)
 
-    return repeat, facts(case, model, tokens=case.batch * case.new)
+    return repeat, facts_of(model, tokens=case.batch * case.new)

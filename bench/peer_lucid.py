@@ -1,15 +1,16 @@
 """The answers of transfusion-pytorch 0.20, in its own Python, called as its README calls it.
 
-Text and images [h, w, channels] go in as lists; the loss is its own (flow, velocity consistency). Its markers for an
-image are six tokens to our two. The batched sampler caches always; written tokens are kept from being special ids.
+Text and images [h, w, channels] go in as lists; the loss is its own (text, flow). Its markers for an image are six
+tokens to our two. The batched sampler caches always; written tokens are kept from being special ids. bf16 is autocast,
+but plain text is written by weights in bf16: the batched sampler fails with such (Float against BFloat16).
 """
 
-from collections.abc import Callable
 from functools import partial
 from unittest.mock import patch
 
 import torch
 import transfusion_pytorch.transfusion as package
+from answer import Repeat, facts_of
 from clock import Clock
 from content import Case, Document, content, prompts
 from loguru import logger
@@ -44,14 +45,10 @@ def autocast(case: Case) -> torch.autocast:
     return torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
 
 
-def facts(model: Transfusion, **units: int) -> dict:
-    return {"units": units, "parameters": sum(p.numel() for p in model.parameters())}
-
-
-def training(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """A training step; documents of a row are samples of their own, as it packs none."""
     model = build(case).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def repeat(i: int):
         rows = content(case, i)
@@ -64,12 +61,12 @@ def training(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
         with clock("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
+        assert loss.isfinite()
 
-    images = case.rows * case.documents * case.images
-    return repeat, facts(model, positions=case.rows * case.positions, **({"images": images} if images else {}))
+    return repeat, facts_of(model, **case.units)
 
 
-def drawing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+def drawing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """An image behind each of the prompts."""
     model, shape = build(case).eval(), (case.side, case.side)
 
@@ -86,13 +83,16 @@ def drawing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
             )
         images = [part for sample in drawn for part in sample if not torch.is_tensor(part)]
         assert [tuple(x.tensor.shape) for x in images] == [(*shape, case.channels)] * case.batch
+        assert all(x.tensor.isfinite().all() for x in images)
 
-    return repeat, facts(model, images=case.batch)
+    return repeat, facts_of(model, images=case.batch)
 
 
-def writing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
+def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """`new` tokens behind each of the prompts: the way for text alone, or where an image was read the mixed one."""
     model, pick = build(case).eval(), package.sample_text_token
+    if case.precision == "bf16" and not case.image_in_prompt:
+        model = model.bfloat16()
 
     def only_text(logits: torch.Tensor, *arguments, **keys) -> torch.Tensor:
         logits = logits.clone()
@@ -102,13 +102,14 @@ def writing(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
     def repeat(i: int):
         given = [parts(prompt, case.device) for prompt in prompts(case, i)]
         torch.manual_seed(i)
-        with clock("write"), autocast(case), torch.no_grad(), patch.object(package, "sample_text_token", only_text):
+        with clock("write"), torch.no_grad():
             if not case.image_in_prompt:
                 tokens = torch.stack([prompt[0] for prompt in given])
                 written = model.generate_text_only(tokens, case.prompt + case.new)
             else:  # it stops at one token more than max_length
                 mixed = [[text, (0, image)] for text, image in given]
-                written = [s[-1][1:] for s in model.sample_many(mixed, max_length=case.new - 1, cfg_scale=1.0)]
+                with autocast(case), patch.object(package, "sample_text_token", only_text):
+                    written = [s[-1][1:] for s in model.sample_many(mixed, max_length=case.new - 1, cfg_scale=1.0)]
         assert [len(tokens) for tokens in written] == [case.new] * case.batch
 
-    return repeat, facts(model, tokens=case.batch * case.new)
+    return repeat, facts_of(model, tokens=case.batch * case.new)

@@ -1,6 +1,6 @@
-"""What is asked: of each question the arms that answer it in turn, and the cases in which they do.
+"""What is asked: of each question the arms that answer it in turn, the cases in which they do, and what must come out.
 
-An arm is an answer (`module.function`, see worker.py) in a Python: ours, or the peer's own.
+An arm is an answer (`module.function`, see answer.py) in a Python: ours, or the peer's own.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from content import Case
 OWN, PEER = "own", "peer"
 MAKE_PEER = """\
 python -m venv PEER
-PEER/bin/pip install torch==2.13.0
+PEER/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu  # for a GPU without the index
 PEER/bin/pip install --no-deps transfusion-pytorch==0.20.0 axial-positional-embedding beartype einops einx frozendict \\
     jaxtyping wadler-lindig loguru numpy tqdm torchdiffeq scipy ema-pytorch rotary-embedding-torch torch-einops-utils"""
 
@@ -35,6 +35,21 @@ class Question:
     arms: dict[str, Arm]
     cases: tuple[Case, ...]
     axis: str = ""  # of growth: what x is, a key of AXES
+    expected: tuple[str, str] = ("", "")  # of growth: exponents of seconds and of memory, as the algorithms have them
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What an arm is to reach in the cases that `where` picks, against another one's better precision."""
+
+    says: str
+    measure: str  # a key of page.py's MEASURES
+    bar: float
+    aim: float
+    question: str
+    arm: str = "ours"
+    against: str = ""
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 def grid(base: Case, **axes: tuple) -> Iterator[Case]:
@@ -48,13 +63,17 @@ def sized(*cases: Case) -> tuple[Case, ...]:
     return tuple(replace(c, dim=dim, heads=dim // 64) for dim in (256, 512) for c in cases)
 
 
-def with_images(length: int, images: int, **fields: Any) -> Case:
+def with_images(length: int, images: int) -> Case:
     """One document of so many positions of content, so many images of 64 patches among them, in a row."""
-    return Case(rows=1, images=images, text_tokens=length - 64 * images, **fields)
+    return replace(BOTH, rows=1, images=images, text_tokens=length - 64 * images)
 
 
-def of_growth(says: str, axis: str, cases: Iterator[Case] | list[Case]) -> Question:
-    return Question(f"Growth: a training step against {says}", TRAINERS, tuple(cases), axis)
+def of_growth(says: str, axis: str, cases: Iterator[Case] | list[Case], *expected: str) -> Question:
+    return Question(f"Growth: a training step against {says}", OURS, tuple(cases), axis, expected)
+
+
+def with_lucid(answer: str) -> dict[str, Arm]:
+    return {"ours": Arm(f"ours.{answer}"), LUCID: Arm(f"peer_lucid.{answer}", PEER)}
 
 
 def as_large(answer: str) -> dict[str, Arm]:
@@ -62,9 +81,17 @@ def as_large(answer: str) -> dict[str, Arm]:
     return {"ours, 24 layers": Arm(f"ours.{answer}", change={"depth": 24})}
 
 
-TRAINERS = {"ours": Arm("ours.training"), "transfusion-pytorch": Arm("peer_lucid.training", PEER)}
-TEXT = Case(images=0, text_tokens=987)
-PACKED = Case(rows=1, images=2, text_tokens=128)  # documents of 256 positions of content
+def precisions(arms: dict[str, Arm]) -> dict[str, Arm]:
+    """The arms, and each of them in fp32."""
+    return arms | {f"{name}, fp32": replace(arm, change=arm.change | FP32) for name, arm in arms.items()}
+
+
+LUCID, LLAMA, FP32 = "transfusion-pytorch", "transformers Llama", {"precision": "fp32"}
+OURS = {"ours": Arm("ours.training")}
+BOTH = Case(threads=2)
+TEXT = Case(images=0, text_tokens=987, threads=2)
+PACKED = Case(rows=1, images=2, text_tokens=128, threads=2)  # documents of 256 positions of content
+MIXED, READ = replace(BOTH, guidance=3.0), replace(BOTH, image_in_prompt=True)
 PAPER = Case(documents=8, images=1, side=16, patch_size=2, text_tokens=252, vocab=31994, seq_len=4096)
 H100 = replace(PAPER, device="cuda", compile=True, threads=8, peak=(4096, 8192))
 SMALL, LARGE = "configs/paper-0.76b-linear.toml", "configs/paper-1.4b-linear.toml"
@@ -76,52 +103,43 @@ AXES = {  # what time and memory are drawn against: (its name, x of a line)
     "images": ("images of a document", lambda line: line["case"]["images"]),
 }
 
-QUESTIONS = {
+QUESTIONS = {  # in the order of what matters most
     "training": Question(
         "A training step: text and images, rows of 987 positions of content, 6 images of 64 patches each",
-        TRAINERS | as_large("training"),
-        sized(*grid(Case(), threads=(1, 2))),
-    ),
-    "text": Question(
-        "A training step on text alone, rows of 987 tokens",
-        TRAINERS | {"transformers Llama": Arm("peer_llama.training")},
-        sized(*grid(TEXT, threads=(1, 2))),
-    ),
-    "attention": Question(
-        "Attention alone, one layer: forward, and backward where there is one",
-        {way: Arm("attend.attention", change={"way": way}) for way in ("dense", "documents", "flex", "flex, compiled")},
-        (
-            *(with_images(length, n) for length in (1024, 4096) for n in (0, length // 128, length // 72)),
-            *grid(PACKED, documents=(4, 16)),
-        ),
-    ),
-    "loader": Question(
-        "The loader: batches of a step of configs/demo.toml",
-        {"ours": Arm("loading.loading")},
-        (Case(config="configs/demo.toml"),),
+        with_lucid("training") | as_large("training"),
+        sized(BOTH, Case()),
     ),
     "drawing": Question(
         "Drawing: 64 patches by 50 steps of Euler's method behind 16 tokens, batched and cached",
-        {"ours": Arm("ours.drawing"), "transfusion-pytorch": Arm("peer_lucid.drawing", PEER), **as_large("drawing")},
-        sized(*grid(Case(threads=2), precision=("bf16", "fp32"), batch=(1, 4, 16), guidance=(1.0, 3.0))),
+        with_lucid("drawing"),
+        (
+            *sized(*grid(MIXED, batch=(1, 16)), replace(MIXED, **FP32)),
+            *grid(BOTH, batch=(1, 4, 16)),
+            replace(MIXED, batch=4),
+            replace(MIXED, threads=1),
+        ),
     ),
     "writing": Question(
         "Writing: 64 tokens behind 16, batched and cached",
-        {
-            "ours": Arm("ours.writing"),
-            "transfusion-pytorch": Arm("peer_lucid.writing", PEER),
-            "transformers Llama": Arm("peer_llama.writing"),
-            **as_large("writing"),
-        },
-        sized(*grid(replace(TEXT, threads=2), precision=("bf16", "fp32"), batch=(1, 4, 16))),
+        precisions(with_lucid("writing") | {LLAMA: Arm("peer_llama.writing")}) | as_large("writing"),
+        (*sized(*grid(TEXT, batch=(1, 16))), replace(TEXT, batch=4), replace(TEXT, threads=1)),
     ),
-    "captioning": Question(
-        "Writing: 64 tokens behind 16 and an image, batched and cached",
-        {"ours": Arm("ours.writing"), "transfusion-pytorch": Arm("peer_lucid.writing", PEER), **as_large("writing")},
-        sized(*grid(Case(threads=2, image_in_prompt=True), precision=("bf16", "fp32"), batch=(1, 4, 16))),
+    "requests": Question(
+        "32 requests, writing 64 tokens and drawing 64 patches by 50 steps in turn: together, or one after the other",
+        {"together": Arm("ours.requests"), "one by one": Arm("ours.requests", change={"way": "one by one"})},
+        sized(replace(MIXED, batch=32)),
+    ),
+    "flops": Question(
+        "The paper's 0.16B model: one row of 4096 packed from documents of about 290 positions, or of text alone",
+        OURS
+        | {
+            "ours, text alone": Arm("ours.training", change={"images": 0, "text_tokens": 290}),
+            "ours, profiled": Arm("operators.profiled"),
+        },
+        (replace(PAPER, config="configs/paper-0.16b-linear.toml", rows=1, documents=14, text_tokens=32, threads=2),),
     ),
     "starting": Question(
-        "From the start of a process to its end (resume: for one step of configs/demo.toml)",
+        "From the start of a process to its end (resume: to the first step of configs/demo.toml)",
         {
             "import torch": Arm("starting.starting", change={"way": "torch"}),
             "import transfusion": Arm("starting.starting", change={"way": "transfusion"}),
@@ -130,42 +148,68 @@ QUESTIONS = {
             "import transfusion_pytorch": Arm("starting.starting", PEER, {"way": "transfusion_pytorch"}),
             "import transformers' Llama": Arm("starting.starting", change={"way": "transformers"}),
         },
+        (Case(config="configs/demo.toml", threads=2),),
+    ),
+    "attention": Question(
+        "Attention alone, one layer, forward and backward: rows of one document, or of several of 256 positions",
+        {way: Arm("attend.attention", change={"way": way}) for way in ("dense", "documents")},
+        (
+            *(with_images(length, n) for length in (256, 960, 4096) for n in (0, length // 128, length // 72)),
+            *grid(PACKED, documents=(4, 16)),
+        ),
+    ),
+    "captioning": Question(
+        "Writing: 64 tokens behind 16 and an image, batched and cached",
+        precisions(with_lucid("writing")),
+        (*sized(*grid(READ, batch=(1, 16))), replace(READ, batch=4)),
+    ),
+    "text": Question(
+        "A training step on text alone, rows of 987 tokens",
+        with_lucid("training") | {LLAMA: Arm("peer_llama.training")},
+        sized(TEXT),
+    ),
+    "compiled": Question(
+        "A training step with blocks compiled or not",
+        OURS | {"ours, compiled": Arm("ours.training", change={"compile": True})},
+        sized(BOTH),
+    ),
+    "loader": Question(
+        "The loader: the batches of 8 steps of configs/demo.toml",
+        {"ours": Arm("loading.loading")},
         (Case(config="configs/demo.toml"),),
     ),
     "growth-length": of_growth(
         "the length of one document, half of it images",
         "length",
         [with_images(n, n // 128) for n in (256, 512, 1024, 2048, 4096, 8192, 16384)],
+        "1, to 2 as attention outweighs products",
+        "1, to 2 as the mask outweighs activations",
     ),
     "growth-packed": of_growth(
         "the length of a row packed from documents of 256 positions",
         "length",
         grid(PACKED, documents=(1, 2, 4, 8, 16, 32, 64)),
+        "1",
+        "1",
     ),
-    "growth-rows": of_growth("the number of rows", "rows", grid(Case(), rows=(1, 2, 4, 8, 16))),
+    "growth-rows": of_growth("the number of rows", "rows", grid(BOTH, rows=(1, 2, 4, 8, 16)), "1", "1"),
     "growth-size": of_growth(
         "the size of the model",
         "size",
-        [replace(Case(rows=1), dim=dim, heads=dim // 64) for dim in (128, 256, 512, 1024)],
+        [replace(BOTH, rows=1, dim=dim, heads=dim // 64) for dim in (128, 256, 512, 1024)],
+        "1/2 (attention, norms: by width), to 1 (products)",
+        "1/2 (activations), to 1 (weights)",
     ),
     "growth-images": of_growth(
         "the number of images in a document of 1024 positions",
         "images",
         [with_images(1024, n) for n in (1, 2, 4, 8, 15)],
-    ),
-    "flops": Question(
-        "The paper's 0.16B model: one row of 4096 packed from documents of about 290 positions",
-        {"ours": Arm("ours.training"), "ours, profiled": Arm("operators.profiled")},
-        tuple(
-            grid(
-                replace(PAPER, config="configs/paper-0.16b-linear.toml", rows=1, documents=14, text_tokens=30),
-                threads=(1, 2),
-            )
-        ),
+        "0",
+        "0",
     ),
     "gpu": Question(
         "A training step on a GPU, blocks compiled, FlexAttention: rows of 4096, half of them images, or text alone",
-        {"ours": Arm("ours.training")},
+        OURS,
         tuple(
             replace(H100, config=config, rows=rows, **content)
             for config, rows in ((SMALL, 4), (LARGE, 2))
@@ -178,3 +222,22 @@ QUESTIONS = {
         tuple(grid(replace(H100, config=SMALL, compile=False), batch=(1, 16), guidance=(1.0, 3.0))),
     ),
 }
+
+ONE, MANY = {"threads": 2, "batch": 1}, {"threads": 2, "batch": 16}
+BARS = (
+    Bar("training, positions / s", "times", 6, 12, "training", against=LUCID, where={"threads": 2}),
+    Bar("drawing, images / s", "times", 10, 25, "drawing", against=LUCID, where=ONE | {"guidance": 3.0}),
+    Bar("drawing, images / s", "times", 10, 25, "drawing", against=LUCID, where=MANY | {"guidance": 3.0}),
+    Bar("writing, tokens / s", "times", 5, 10, "writing", against=LUCID, where=ONE),
+    Bar("writing, tokens / s", "times", 5, 10, "writing", against=LUCID, where=MANY),
+    Bar("writing, tokens / s", "times", 1.5, 3, "writing", against=LLAMA, where=ONE),
+    Bar("writing, tokens / s", "times", 1.5, 3, "writing", against=LLAMA, where=MANY),
+    Bar("peak memory of a training step", "memory", 1 / 5, 1 / 10, "training", against=LUCID, where={"threads": 2}),
+    Bar("forward and backward on a CPU", "MFU", 0.30, 0.45, "flops"),
+    Bar("a mixed row against one of text: seconds a FLOP", "per FLOP", 1.10, 1.03, "flops", against="ours, text alone"),
+    Bar("32 requests", "times", 3, 5, "requests", arm="together", against="one by one"),
+    Bar("resume", "seconds", 5, 5, "starting", arm="resume to a first step"),
+    Bar("import transfusion", "seconds", 1.5, 1.5, "starting", arm="import transfusion"),
+    Bar("transfusion --help", "seconds", 0.3, 0.3, "starting", arm="transfusion --help"),
+    Bar("training on a GPU", "MFU", 0.40, 0.50, "gpu", where={"images": 1}),
+)

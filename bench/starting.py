@@ -1,55 +1,61 @@
-"""How long until a program does what it is for: whole processes, from their start to their end.
+"""How long until a program does what it is for: whole processes, from their start.
 
 torch              `import torch`, which all that follow contain
 transfusion        `import transfusion`             help    `transfusion --help`
-resume             `transfusion train CONFIG --resume` for one step: import, data, checkpoint, the step, a checkpoint
+resume             `transfusion train CONFIG --resume`: import, data, checkpoint, until the first step is told
 transfusion_pytorch, transformers                   the peers' imports
 """
 
-import shutil
+import os
 import subprocess
 import sys
-import tempfile
 import weakref
-from collections.abc import Callable
-from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
+from answer import Repeat
 from clock import Clock
 from content import Case
+from machine import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = {
-    "torch": "import torch",
-    "transfusion": "import transfusion",
-    "transfusion_pytorch": "import transfusion_pytorch",
-    "transformers": "from transformers import LlamaForCausalLM",
+CLI = [sys.executable, "-m", "transfusion.cli"]
+COMMANDS = {
+    "torch": [sys.executable, "-c", "import torch"],
+    "transfusion": [sys.executable, "-c", "import transfusion"],
+    "help": [*CLI, "--help"],
+    "transfusion_pytorch": [sys.executable, "-c", "import transfusion_pytorch"],
+    "transformers": [sys.executable, "-c", "from transformers import LlamaForCausalLM"],
 }
 
 
-def starting(case: Case, clock: Clock) -> tuple[Callable[[int], None], dict]:
-    """The program `case.way`, run to its end."""
-    command = [sys.executable, "-m", "transfusion.cli"]
-    out = tempfile.mkdtemp()
+def starting(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """The program `case.way`, run to its end or its first step."""
 
-    def train(steps: int) -> list[str]:
-        quiet = ["train.log_every=0", "train.sample_every=0", "train.keep=1", "device=cpu"]
-        return [*command, "train", case.config, f"train.steps={steps}", f"out={out}/run", *quiet]
-
-    def of(i: int) -> list[str]:
-        if case.way == "resume":  # the i-th goes on from where the one before it ended
-            return [*train(i + 2), "--resume"]
-        return [*command, "--help"] if case.way == "help" else [sys.executable, "-c", IMPORTS[case.way]]
-
-    def run(arguments: list[str]) -> None:
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{' '.join(arguments)}: {done.stderr}")
+    def run(command: list[str], until: str | None = None) -> None:
+        """Ends the program at the first line that begins so."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if until and line.startswith(until):
+                    process.kill()
+                    return
+        if process.returncode or until:
+            raise ValueError(f"{' '.join(command)}: exit status {process.returncode}: {''.join(said)}")
 
     def repeat(i: int):
         with clock("process"):
-            run(of(i))
+            run(command, until)
 
+    command, until = COMMANDS.get(case.way), None
     if case.way == "resume":
-        run(train(1))
-    weakref.finalize(repeat, shutil.rmtree, out, ignore_errors=True)
+        folder = mkdtemp()
+        weakref.finalize(repeat, rmtree, folder, ignore_errors=True)
+        command = [*CLI, "train", case.config, f"out={folder}/run", "train.log_every=1", "train.sample_every=0"]
+        command, until = [*command, f"device={case.device}"], "step "
+        run([*command, "train.steps=1"])
+        command += ["train.steps=1000", "--resume"]
+
     return repeat, {"units": {"starts": 1}}

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,18 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from machine import commit
+from loading import STEPS, packer_of
+from machine import commit, hardware
 
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, to_dict
-from transfusion.data.corpus import build_corpus
-from transfusion.data.loader import Packer
 from transfusion.plan import count_6nd, count_packed
-from transfusion.run import RunConfig, format_of, load_own_tokenizer, resolve
+from transfusion.run import RunConfig, resolve
 
-COUNTED = 8  # steps whose FLOPs are counted
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by seeds - 1
 
 
@@ -97,12 +94,9 @@ def settings_of(study: Study, overrides: list[str]) -> dict:
 
 def of_a_step(config: RunConfig, codec: Codec) -> dict[str, float]:
     """Means over the first steps as they are packed: FLOPs, forward and backward, and images, drawn and read."""
-    tokenizer = load_own_tokenizer(config)
-    fmt = format_of(config, tokenizer, codec)
-    corpus, _ = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
-    packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
-    steps = [packer.batches(step) for step in range(COUNTED)]
-    images = fmean(sum((b.tokens == fmt.special.boi).sum().item() for b in micro) for micro in steps)
+    packer = packer_of(config, codec)
+    steps = [packer.batches(step) for step in range(STEPS)]
+    images = fmean(sum((b.tokens == packer.fmt.special.boi).sum().item() for b in micro) for micro in steps)
     return {"flops": fmean(count_packed(config, micro) for micro in steps), "images": images}
 
 
@@ -134,7 +128,8 @@ def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
         "resumed": bool(resume),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+        "hardware": hardware(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "results": json.loads((folder / "eval.json").read_text()),
         "settings": settings,
     }
@@ -150,6 +145,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 def table(study: Study) -> Iterator[str]:
     """Markdown: of each arm the mean of each number over its seeds, then its differences to what it is against."""
     found = results(study)
+    for arm in study.arms:
+        if len({of_any_seed(r) for (name, _), r in found.items() if name == arm}) > 1:
+            raise ValueError(f"{study.out}/results.jsonl has {arm} with several settings: set another out")
     names = [name for name in study.report if any(name in r["results"] for r in found.values())]
     yield "| arm | seeds | steps | images | " + " | ".join(names) + " |"
     yield "|" + "---|" * (len(names) + 4)
@@ -168,6 +166,14 @@ def table(study: Study) -> Iterator[str]:
             pairs = [(found[name, s]["results"], found[other, s]["results"]) for s in seeds]
             cells = [cell([a[n] - b[n] if n in a and n in b else None for a, b in pairs], "+") for n in names]
             yield f"| {name} - {other} | {len(seeds)} | " + " | ".join(cells) + " |"
+    if absent := [name for name in study.report if name not in names]:
+        yield f"\nNo run has {', '.join(absent)}."
+
+
+def of_any_seed(line: dict) -> str:
+    """The settings of a run but for its seed."""
+    settings = line["settings"]
+    return json.dumps(settings | {"config": settings["config"] | {"seed": None}}, sort_keys=True)
 
 
 def cell(values: list[float | None], sign: str = "") -> str:
@@ -189,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         wanted = [] if args.table else [(arm, seed) for seed in study.seeds for arm in study.only or study.arms]
         of_arm = {arm: overrides_of(study, arm, study.seeds[0]) for arm in dict(wanted)}  # what cannot be, before all
         for arm, seed in wanted:
-            overrides = [o.replace(f"seed={study.seeds[0]}", f"seed={seed}") for o in of_arm[arm]]
+            overrides = [f"seed={seed}" if o == f"seed={study.seeds[0]}" else o for o in of_arm[arm]]
             on_record = results(study).get((arm, seed))
             if on_record and on_record["settings"] != settings_of(study, overrides):
                 raise ValueError(

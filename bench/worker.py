@@ -1,12 +1,11 @@
 """One implementation in a process of its own, which stays and answers over a pipe, a JSON line each way.
 
-    {"case": {...}, "answer": "ours.training"}   ->  {"versions": {...}, "device": "cpu"}
+    {"case": {...}, "answer": "ours.training"}   ->  {"versions": {...}, "device": "cpu"}    once all is imported
+    {"build": true}                              ->  {}
     {"repeat": 3}                                ->  {"parts": {"forward": [wall, cpu]}, "numbers": {}, "calibration": }
     {"end": true}                                ->  {"memory": {...}, "facts": {...}}
 
-An answer is a function (case, clock) -> (repeat, facts): `repeat(i)` computes repetition i inside of the clock's parts
-and may return numbers of its own, `facts` say how much that is ("units") and whatever does not change. A fact may be a
-function: it is called at the end, when memory has been read that finding it would add to.
+What an answer is stands in answer.py.
 """
 
 import importlib
@@ -39,10 +38,12 @@ def main() -> int:
     module, _, name = first["answer"].partition(".")
     answer, clock = getattr(importlib.import_module(module), name), Clock(case.device)
     held = {"imported": memory(case.device)}
-    repeat, facts = answer(case, clock)
-    held["built"] = memory(case.device)
     device = torch.cuda.get_device_name() if case.device == "cuda" else "cpu"
     print(json.dumps({"versions": versions(), "device": device}), file=replies, flush=True)
+    if not sys.stdin.readline():
+        return 0
+    repeat, facts = answer(case, clock)
+    print("{}", file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if "repeat" not in asked:

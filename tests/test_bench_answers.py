@@ -1,10 +1,14 @@
 """The answers: each computes what it says, of the size that it says; FLOPs are those that torch counts."""
 
+import gc
 import os
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import attend
+import loading
 import operators
 import ours
 import pytest
@@ -16,12 +20,14 @@ from machine import FLAGS, hardware, versions
 from operators import CLASSES, REST, class_of, profiled
 from questions import QUESTIONS
 from test_bench_content import TINY
+from tiny_run import write_tiny
 
 from transfusion import batching, train
+from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.config import override
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import build_model
-from transfusion.model.varlen import varlen_mask
+from transfusion.model.varlen import WRITTEN_OUT, varlen_mask
 
 TEXT = replace(TINY, images=0)
 
@@ -133,32 +139,99 @@ def test_writing_answers_with_all_the_tokens_asked_for(image, monkeypatch):
     assert list(parts) == ["write"] and facts["units"] == {"tokens": 10} and sum(seen) == 10
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_ways_of_attention_agree(monkeypatch):
-    case, found = replace(TINY, documents=2, dim=64, heads=2, precision="fp32", seq_len=128), {}
-    for way, (build, of_way) in list(attend.WAYS.items())[:3]:
-
-        def keep(q, k, v, mask, way=way, of_way=of_way):
-            found[way] = of_way(q, k, v, mask)
-            return found[way]
-
-        monkeypatch.setitem(attend.WAYS, way, (build, keep))
-        parts, facts = once(attend.attention, replace(case, way=way))
-        assert list(parts) == ["mask", "forward"] + ["backward"] * (way != "flex")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_ways_of_attention_agree_and_one_that_does_not_is_no_answer(monkeypatch, precision):
+    case = replace(TINY, documents=2, dim=64, precision=precision, seq_len=128)
+    found = [once(attend.attention, replace(case, way=way)) for way in attend.WAYS]
     batch = ours.batch_of(case, content(case, 0))
-    real = (batch.document >= 0)[:, None, :, None]
-    assert facts["pairs"] < batch.tokens.numel() * 128 / 2
-    for way in ("documents", "flex"):
-        torch.testing.assert_close(found[way] * real, found["dense"] * real, rtol=1e-4, atol=1e-5)
+    allowed = dense_mask(batch.document, batch.image, batch.hidden)[:, 0] & (batch.document >= 0)[:, :, None]
+    for parts, facts in found:
+        assert (
+            list(parts) == ["forward", "backward"] and facts["flops"] == 12 * 64 * allowed.sum() and facts["peak"] > 0
+        )
+    build, of_way = attend.WAYS["documents"]
+    monkeypatch.setitem(attend.WAYS, "documents", (build, lambda q, k, v, mask: of_way(q, k, 1.2 * v, mask)))
+    with pytest.raises(AssertionError, match="not close"):
+        once(attend.attention, replace(case, way="documents"))
+
+
+def test_attention_by_documents_is_measured_where_it_is_its_own():
+    positions = [case.positions for case in QUESTIONS["attention"].cases if case.documents == 1]
+    lengths = [n + 2 + 2 * case.images for n, case in zip(positions, QUESTIONS["attention"].cases)]
+    assert sum(n <= WRITTEN_OUT for n in lengths) == 6 and max(lengths) > WRITTEN_OUT
+
+
+@pytest.mark.parametrize("way", ["", "one by one"])
+def test_requests_are_all_answered_together_or_one_by_one(way, monkeypatch):
+    beside, step = [], batching.Batching.step
+    monkeypatch.setattr(batching.Batching, "step", lambda self: (step(self), beside.append(len(self.running)))[0])
+    case = replace(TINY, batch=4, steps=5, way=way, guidance=3.0)
+    parts, facts = once(ours.requests, case)
+    assert list(parts) == ["answer"] and facts["units"] == {"requests": 4}
+    assert max(beside) == (1 if way else 4) and len(beside) == (20 if way else 5)
+
+
+def test_a_request_that_ends_with_an_error_is_no_answer(monkeypatch):
+    monkeypatch.setattr(batching, "pick", lambda *_: 1 / 0)
+    with pytest.raises(AssertionError, match="division by zero"):
+        once(ours.requests, replace(TINY, batch=4))
+
+
+@pytest.mark.parametrize("answer", [ours.training, ours.drawing])
+def test_what_is_not_finite_is_no_answer(answer, monkeypatch):
+    def astray(*arguments):
+        model = build_model(*arguments)
+        model.norm.weight.data.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(ours, "build_model", astray)
+    with pytest.raises((AssertionError, ValueError)):
+        once(answer, TINY)
+
+
+def test_the_loader_packs_the_steps_that_it_counts(monkeypatch):
+    packed, batches = [], loading.Packer.batches
+
+    def keep(self, step):
+        found = batches(self, step)
+        packed.append(sum(int((b.document >= 0).sum()) for b in found))
+        return found
+
+    monkeypatch.setattr(loading.Packer, "batches", keep)
+    monkeypatch.setattr(loading, "STEPS", 2)
+    parts, facts = once(loading.loading, Case(config="configs/demo.toml"))
+    assert list(parts) == ["batches"] and len(packed) == 4 and packed[:2] == packed[2:]
+    assert (
+        facts["units"]["tokens"] == sum(packed[:2]) and facts["units"]["steps"] == 2 and facts["units"]["images"] > 100
+    )
 
 
 def test_a_program_that_fails_says_so_and_one_that_does_not_is_timed(monkeypatch):
-    monkeypatch.setitem(starting.IMPORTS, "nothing", "pass")
+    monkeypatch.setitem(starting.COMMANDS, "nothing", [sys.executable, "-c", "pass"])
     parts, facts = once(starting.starting, replace(TINY, way="nothing"))
     assert parts["process"][1] > 0 and facts["units"] == {"starts": 1}
-    monkeypatch.setitem(starting.IMPORTS, "wrong", "import no_such_module")
+    monkeypatch.setitem(starting.COMMANDS, "wrong", [sys.executable, "-c", "import no_such_module"])
     with pytest.raises(ValueError, match="no_such_module"):
         once(starting.starting, replace(TINY, way="wrong"))
+    assert once(starting.starting, replace(TINY, way="help"))[0]["process"][0] > 0
+
+
+def test_a_resumed_run_is_timed_to_its_first_step_and_goes_on_from_the_same_one_each_time(tmp_path, monkeypatch):
+    killed, kill = [], starting.subprocess.Popen.kill
+    monkeypatch.setattr(starting.subprocess.Popen, "kill", lambda self: (killed.append(self.args), kill(self)))
+    clock = Clock()
+    repeat, _ = starting.starting(replace(TINY, way="resume", config=str(write_tiny(tmp_path))), clock)
+    assert not killed
+    repeat(0)
+    repeat(1)
+    assert clock.take()["process"][1] > 0
+    first, again = killed
+    assert first == again and "--resume" in first
+    run = Path(next(a for a in first if a.startswith("out=")).removeprefix("out="))
+    assert read_state(latest_checkpoint(run / "checkpoints"))["step"] == 1
+    del repeat
+    gc.collect()
+    assert not run.parent.exists()
 
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-drawing"])
@@ -175,7 +248,7 @@ def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name):
             assert parts and facts["units"]
 
 
-def test_llama_answers_with_the_same_positions_and_about_as_many_parameters():
+def test_llama_answers_with_the_same_positions_and_about_as_many_parameters(monkeypatch):
     llama = pytest.importorskip("peer_llama", exc_type=ImportError)
     case = replace(TEXT, dim=64, heads=1)
     (parts, theirs), (_, own) = once(llama.training, case), once(ours.training, case)
@@ -184,8 +257,17 @@ def test_llama_answers_with_the_same_positions_and_about_as_many_parameters():
     patch_layers = sum(p.numel() for p in build_model(ours.config_of(case).model).patches.parameters())
     markers = 2 * ours.MARKERS * case.dim
     assert own["parameters"] - theirs["parameters"] == patch_layers + markers
-    parts, facts = once(llama.writing, case)
-    assert list(parts) == ["write"] and facts["units"] == {"tokens": 10}
+    asked, generate = [], llama.LlamaForCausalLM.generate
+
+    def keep(self, *arguments, **options):
+        asked.append((self.dtype, options["top_k"], torch.is_autocast_enabled("cpu")))
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(llama.LlamaForCausalLM, "generate", keep)
+    for precision in ("bf16", "fp32"):
+        parts, facts = once(llama.writing, replace(case, precision=precision))
+        assert list(parts) == ["write"] and facts["units"] == {"tokens": 10}
+    assert asked == [(torch.bfloat16, 0, False), (torch.float32, 0, False)]
     with pytest.raises(ValueError, match="set images=0"):
         llama.training(TINY, Clock())
 
@@ -199,7 +281,8 @@ def test_the_peer_answers_with_the_same_units(tmp_path):
         "import peer_lucid, sys; from clock import Clock; from content import Case\n"
         f"from dataclasses import replace; case = {TINY!r}; clock = Clock()\n"
         "for name, c in (('training', case), ('training', replace(case, images=0)), ('drawing', case),\n"
-        "                ('writing', case), ('writing', replace(case, image_in_prompt=True))):\n"
+        "                ('writing', case), ('writing', replace(case, precision='fp32')),\n"
+        "                ('writing', replace(case, image_in_prompt=True))):\n"
         "    repeat, facts = getattr(peer_lucid, name)(c, clock); repeat(1)\n"
         "    print(list(clock.take()), facts['units'])\n"
         "print(sum(p.numel() for p in peer_lucid.build(Case()).parameters()))\n"
@@ -215,8 +298,7 @@ def test_the_peer_answers_with_the_same_units(tmp_path):
         f"{steps} {{'positions': 58, 'images': 4}}",
         f"{steps} {{'positions': 42}}",
         "['draw'] {'images': 2}",
-        "['write'] {'tokens': 10}",
-        "['write'] {'tokens': 10}",
+        *["['write'] {'tokens': 10}"] * 3,
     ]
 
 

@@ -49,7 +49,7 @@ def test_a_study_leaves_a_line_a_run_repeats_none_and_prints_its_table(tmp_path,
     assert wide["flops"] == pytest.approx(1.2e9, rel=0.5) and wide["results"]["denoising/train/loss"] > 0
     assert study.main([str(path), "--table"]) == 0
     printed = capfd.readouterr().out
-    assert "| narrow - wide | 1 |" in printed and "absent" not in printed
+    assert "| narrow - wide | 1 |" in printed and "| absent |" not in printed and "No run has absent." in printed
     assert (tmp_path / "out" / "results.jsonl").read_text() == lines
 
 
@@ -104,9 +104,33 @@ def test_differences_are_paired_by_seed(tmp_path):
     with (Path(s.out) / "results.jsonl").open("w") as file:
         for arm, seed, value in (("wide", 0, 1.0), ("wide", 1, 5.0), ("narrow", 0, 1.5), ("narrow", 1, 5.5)):
             line = {"arm": arm, "seed": seed, "steps": 3, "images": 9, "results": {"denoising/train/loss": value}}
-            file.write(json.dumps(line) + "\n")
-    *_, last = study.table(s)
-    assert last == "| narrow - wide | 2 | +0.5 +- 0 |"
+            file.write(json.dumps(line | {"settings": {"config": {"seed": seed}, "eval": []}}) + "\n")
+    *_, last, absent = study.table(s)
+    assert last == "| narrow - wide | 2 | +0.5 +- 0 |" and absent == "\nNo run has absent."
+    with (Path(s.out) / "results.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"seed": 2, "settings": {"config": {"seed": 2}, "eval": ["times=0.5"]}}) + "\n")
+    with pytest.raises(ValueError, match="has narrow with several settings: set another out"):
+        list(study.table(s))
+
+
+def test_only_the_seed_itself_changes_from_seed_to_seed(tmp_path, monkeypatch):
+    path, ran = write(tmp_path, 1.2e9), []
+    monkeypatch.setattr(study, "overrides_of", lambda *_: ["data.any_seed=0", "seed=0", "train.steps=1"])
+    monkeypatch.setattr(study, "run", lambda s, arm, seed, overrides: ran.append(overrides) or {"arm": arm, "seed": 9})
+    monkeypatch.setattr(study, "table", lambda s: [])
+    (tmp_path / "out").mkdir()
+    assert study.main([str(path), "only=wide"]) == 0
+    assert [o[:2] for o in ran] == [["data.any_seed=0", f"seed={seed}"] for seed in (0, 1)]
+
+
+def test_the_lines_on_record_make_a_table_and_have_the_settings_that_the_study_gives(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    s = load_config(study.Study, "bench/studies/paper.toml", ["out=bench/results/2026-11-23-study"])
+    lines = study.results(s)
+    assert len(lines) >= 10 and sum(line.startswith("| linear-64 |") for line in study.table(s)) == 1
+    for (arm, seed), line in lines.items():
+        given = [*s.set, *s.arms[arm].set, f"seed={seed}", f"train.steps={line['steps']}"]
+        assert study.settings_of(s, given) == line["settings"]
 
 
 def test_an_arm_that_is_not_there_is_refused(tmp_path):
