@@ -125,7 +125,7 @@ def test_mode_auto_prints_what_the_engine_answers(trained, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == sum(not isinstance(part, str) for answer in answers for part in answer)
 
 
-def test_images_stand_before_each_prompt_in_their_order(trained, config, tmp_path, capsys):
+def test_images_stand_before_each_prompt(trained, config, tmp_path, capsys):
     files = sorted((config.parent / "pictures").glob("*.png"))[:2]
     given = [option for file in files for option in ("--image", str(file))]
     assert main(["generate", str(trained), "a", "b c", *given, "--mode", "text", "--temperature", "0"]) == 0
@@ -135,12 +135,20 @@ def test_images_stand_before_each_prompt_in_their_order(trained, config, tmp_pat
     assert capsys.readouterr().out == "".join(said)
 
 
-def test_options_of_several_images_and_of_an_interval_reach_the_engine(monkeypatch):
-    asked = []
-    engine = SimpleNamespace(generate=lambda prompts, **options: asked.append(options) or [[] for _ in prompts])
-    monkeypatch.setattr(cli, "load", lambda *_: engine)
-    assert main(["generate", "any", "x", "--max-images", "3", "--guidance-interval", "0.1", "0.8"]) == 0
-    assert asked[0]["max_images"] == 3 and asked[0]["guidance_interval"] == (0.1, 0.8)
+def test_what_is_given_reaches_the_engine_in_its_order(config, monkeypatch):
+    asked, files = [], sorted((config.parent / "pictures").glob("*.png"))[:2]
+
+    def generate(prompts, **options):
+        asked.append((prompts, options))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(cli, "load", lambda *_: SimpleNamespace(generate=generate))
+    given = [option for file in files for option in ("--image", str(file))]
+    assert main(["generate", "any", "x", *given, "--max-images", "3", "--guidance-interval", "0.1", "0.8"]) == 0
+    (((first, second, text),), options) = asked[0]
+    assert [np.asarray(i).tobytes() for i in (first, second)] == [pixels(f).tobytes() for f in files] and text == "x"
+    assert not np.array_equal(pixels(files[0]), pixels(files[1]))
+    assert options["max_images"] == 3 and options["guidance_interval"] == (0.1, 0.8)
 
 
 def test_caption_says_a_line_for_each_image_as_the_engine_does(trained, config, capsys):

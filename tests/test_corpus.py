@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from transfusion.codec.codec import PIXELS
-from transfusion.data.corpus import build_corpus
+from transfusion.data.corpus import build_corpus, with_latents
 from transfusion.data.documents import DataConfig, Placed
 from transfusion.data.latents import encode, statistics
 from transfusion.data.loader import Packer
@@ -241,6 +241,11 @@ def test_statistics_that_cannot_be_are_refused_with_what_to_give(given, remedy, 
 def test_pixels_are_not_standardised_and_statistics_for_them_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pixels are taken as they are: leave it out"):
         corpus_of(tmp_path, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
+    coded = replace(KEYED, codes=4, quantize=lambda z: np.zeros(z[:, 0].shape, np.int64))
+    corpus, _ = corpus_of(tmp_path / "coded", codec=coded)
+    given = replace(corpus.config, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
+    with pytest.raises(ValueError, match="codes are taken as they are"):
+        with_latents(replace(corpus, config=given, fmt=replace(FMT, codes=4)))
 
 
 def test_latents_are_encoded_once_and_anew_when_the_codec_or_an_image_changes(tmp_path):

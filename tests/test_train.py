@@ -29,7 +29,7 @@ from transfusion.loss import Losses
 from transfusion.metrics import MetricsConfig, read_records
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
-from transfusion.run import RunConfig, SampleConfig, TrainConfig
+from transfusion.run import RunConfig, SampleConfig, TrainConfig, same_codec
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 
@@ -397,4 +397,17 @@ def test_latents_keep_the_statistics_of_the_model_that_a_run_begins_with_whateve
     data = loop.with_statistics(fine_tuned, codec, None).data
     assert (data.latent_mean, data.latent_std, data.codec_key) == tuple(given.values()) and not capsys.readouterr().out
     assert loop.with_statistics(fine_tuned, replace(codec, key="others"), None) == fine_tuned
-    assert "has learned the latents of a/codec, which is another codec" in capsys.readouterr().out
+    assert "a has learned latents of other weights (a/codec)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [(), (0.5, 0.5, 0.5)])
+def test_a_resumed_run_is_held_to_the_codec_that_it_began_with(given, monkeypatch):
+    began = {"latent_mean": (0.1, 0.2, 0.3), "latent_std": (1.0, 2.0, 3.0), "codec_key": "old"}
+    saved = {"config": configs.to_dict(RunConfig(data=DataConfig(codec="codec", **began)))}
+    monkeypatch.setattr(loop.checkpoint, "read_state", lambda _: saved)
+    now = RunConfig(data=DataConfig(codec="codec", latent_mean=given, latent_std=given))
+    resumed = loop.with_statistics(now, replace(PIXELS, name="codec", key="new"), Path("step"))
+    assert resumed.data.latent_mean == (given or began["latent_mean"])
+    with pytest.raises(ValueError, match="changed since the model learned its latents"):
+        same_codec(replace(PIXELS, name="codec", key="new"), resumed.data)
+    assert same_codec(replace(PIXELS, name="codec", key="old"), resumed.data).key == "old"

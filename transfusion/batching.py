@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
+from traceback import clear_frames
 
 import numpy as np
 import torch
@@ -78,6 +79,8 @@ class Batching:
     def end(self, r: Request, error: Exception | None = None):
         """Brings a request to its end, which `step` tells."""
         r.done, r.error = True, error
+        if error:
+            clear_frames(error.__traceback__)  # or it keeps what the step had in memory for as long as it is kept
         self.cancel(r)
         self.ended.append(r)
 
@@ -161,7 +164,7 @@ class Batching:
     def write(self, r: Request, logits: Tensor):
         """Draws a request's next token from logits [V] and does what it says."""
         special, fmt = self.fmt.special, self.fmt
-        numbers(logits)
+        refuse_nan(logits)
         logits = logits.masked_fill(~allowed(r, fmt, self.limit, len(logits)), -torch.inf)
         token = pick(logits, r.sampling, r.random)
         if r.coded is not None:
@@ -201,17 +204,17 @@ class Batching:
             self.lanes.cut(r.main, r.main.length - 2)  # <boi> and the rows, which are of the image now
         canvas = self.canvas(grid)
         r.document.append(canvas)
-        self.lanes.append(r.main, [canvas])
-        others, r.weights = self.prefixes(r)
-        r.guiding = [self.lanes.take(document) for document in others]
         if self.fmt.codes:
             r.coded = 0
         else:
-            r.noise = torch.randn(r.main.images[-1].patches.shape, generator=r.random).to(self.device)
+            noise = torch.randn(grid[0] * grid[1], self.model.config.patch_dim, generator=r.random)
             # where nothing bounds x, a little later than at pure noise
             times = timesteps(r.sampling.steps, r.sampling.t_shift).clamp(max=1.0 if self.codec.limit else START)
-            r.times = times.to(self.device)
-            r.z, r.step = r.noise, 0
+            r.noise, r.times, r.step = noise.to(self.device), times.to(self.device), 0
+            r.z = r.noise
+        self.lanes.append(r.main, [canvas])
+        others, r.weights = self.prefixes(r)
+        r.guiding = [self.lanes.take(document) for document in others]
 
     def canvas(self, grid: Size) -> Image | Codes:
         """An image of so many rows and columns of patches, with nothing on it."""
@@ -253,10 +256,10 @@ class Batching:
     def finish_image(self, r: Request):
         """The drawn image stands in the document; `settle` will encode it clean before the text goes on."""
         if r.z is not None:
-            numbers(r.z)
-            patches, blank = r.z.float().cpu().numpy(), r.document.pop().latents
+            refuse_nan(r.z)
+            patches, blank = r.z.float().cpu().numpy(), r.document[-1].latents
             drawn = unpatchify(patches, self.fmt.patch_size, *blank.shape[1:])
-            r.document.append(Image(np.ascontiguousarray(drawn)))
+            r.document[-1] = Image(np.ascontiguousarray(drawn))
             r.main.images[-1] = r.main.images[-1]._replace(patches=patches)
         self.lanes.release(r.guiding)
         r.z = r.noise = r.times = r.coded = None
@@ -278,7 +281,7 @@ class Batching:
         return self.forward(chunk, z, t, chunk.last[:0])[1].float()
 
 
-def numbers(x: Tensor):
-    """Raises ValueError where the model's answer x is none."""
-    if x.isnan().any():
-        raise ValueError("the model answers with nan: its training went astray, take an earlier checkpoint")
+def refuse_nan(x: Tensor):
+    """Raises ValueError where an answer of the model is no number."""
+    if not x.isfinite().all():
+        raise ValueError("the model answers with nan or inf: its training went astray, take an earlier checkpoint")

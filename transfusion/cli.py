@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_origin
 
 import PIL.Image
 
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
                 kind = {"type": field.type}
                 if field.type is bool:
                     kind = {"action": argparse.BooleanOptionalAction}
-                elif field.name == "guidance_interval":
+                elif get_origin(field.type) is tuple:
                     kind = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
                 p.add_argument(flag, dest=field.name, **kind, help=f"{SAMPLING[field.name]}; default: the run's own")
         p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")

@@ -141,6 +141,8 @@ def model_parts(name: str | Path) -> Parts:
     if foreign or holds_codec(codec):
         config = replace(config, data=replace(config.data, codec=DIFFUSERS + CODEC if foreign else CODEC))
     else:
+        if codec.startswith(DIFFUSERS):
+            print(f"data.codec = {codec} is no folder here: it stays a name, to be found where the export is loaded")
         codec = ""
     if not lora.r:
         return Parts(weights, tensors, config, card, tokenizer, codec)

@@ -171,7 +171,7 @@ class Engine:
 
     @cached_property
     def sampled(self) -> Transfusion:
-        """The model at the precision of the products, with the weights of now: they do not follow further training."""
+        """The model at the precision of the products. Where it trains on make a new engine: matrices may be copies."""
         return at_precision(self.model, self.dtype)
 
     def batching(self) -> Batching:

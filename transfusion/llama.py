@@ -112,7 +112,10 @@ def translate(theirs: dict[str, Any], source: str, seq_len: int) -> dict[str, An
     found = [fault for fault, there in faults.items() if there]
     if found:
         raise ValueError(f"{source} is of a model that cannot be loaded: {'; '.join(found)}")
-    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    thetas = (
+        part["rope_theta"] for part in (rope, theirs.get("rope_parameters") or {}, theirs) if "rope_theta" in part
+    )
+    theta = next(thetas, 10000.0)
     scaling = from_dict(RopeScaling, {key: rope[key] for key in SCALED[rope_type]})
     return {**sizes, "rope_base": float(theta), "rope_scaling": scaling, "qk_norm": False, "norm": "pre"}
 

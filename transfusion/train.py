@@ -137,18 +137,22 @@ def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, confi
 
 
 def with_statistics(config: RunConfig, codec: Codec, found: Path | None) -> RunConfig:
-    """The config with the latents' statistics of the weights that the run goes on from, if it does and names none."""
-    if config.data.latent_mean or not (found or config.init) or (not found and is_llama(config.init)):
+    """The config with the latents' statistics of the weights that the run goes on from, if it does and names none.
+
+    A resumed run takes the key of its codec too, which `same_codec` then holds it to; one that begins with another
+    model's weights may have a codec of its own.
+    """
+    if not (found or config.init) or (not found and is_llama(config.init)):
         return config
     began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]) if found else find(config.init).config
-    if began.data.codec_key != codec.key:
-        if not found:
-            print(
-                f"{config.init} has learned the latents of {began.data.codec}, which is another codec than "
-                f"{config.data.codec}: its image path begins with what it knows of those"
-            )
+    if not found and began.data.codec_key not in ("", codec.key):
+        print(
+            f"{config.init} has learned latents of other weights ({began.data.codec}) than those of "
+            f"{config.data.codec}: its image path begins with what it knows of those"
+        )
         return config
-    names = ("latent_mean", "latent_std", "codec_key")
+    own = config.data.latent_mean or config.model.patches == "codes"  # codes are not standardised
+    names = ("codec_key",) if own else ("latent_mean", "latent_std", "codec_key")
     return replace(config, data=replace(config.data, **{name: getattr(began.data, name) for name in names}))
 
 

@@ -115,9 +115,10 @@ def with_latents(corpus: Corpus) -> Corpus:
     """The corpus with all images encoded, once: as latents standardised by statistics that its config now holds, or as
     codes where the format says so. A codec that costs nothing encodes when it is asked to."""
     config, codec = corpus.config, corpus.codec
+    if config.latent_mean and (corpus.fmt.codes or not codec.key):
+        of = "codes" if corpus.fmt.codes else codec.name
+        raise ValueError(f"data.latent_mean is of latents, and {of} are taken as they are: leave it out")
     if not codec.key:
-        if config.latent_mean:
-            raise ValueError(f"data.latent_mean is of latents, and {codec.name} are taken as they are: leave it out")
         return corpus
     config, folder = replace(config, codec_key=codec.key), cachedir("latents")
     groups = {**corpus.captions, "interleaved": corpus.interleaved}
