@@ -29,7 +29,7 @@ from machine import commit, hardware
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
-from transfusion.config import load_config, to_dict
+from transfusion.config import from_dict, load_config, to_dict
 from transfusion.plan import count_6nd, count_packed
 from transfusion.run import RunConfig, resolve
 
@@ -92,6 +92,11 @@ def settings_of(study: Study, overrides: list[str]) -> dict:
     return json.loads(json.dumps({"config": config, "eval": study.eval}))
 
 
+def as_of_now(settings: dict) -> dict:
+    """Settings on record, with the defaults of options that have come since."""
+    return json.loads(json.dumps(settings | {"config": to_dict(from_dict(RunConfig, settings["config"]))}))
+
+
 def of_a_step(config: RunConfig, codec: Codec) -> dict[str, float]:
     """Means over the first steps as they are packed: FLOPs, forward and backward, and images, drawn and read."""
     packer = packer_of(config, codec)
@@ -104,7 +109,7 @@ def run(study: Study, arm: str, seed: int, overrides: list[str]) -> dict:
     """Trains and evaluates one run; its line of results."""
     folder, start, settings = Path(study.out) / f"{arm}-{seed}", time.perf_counter(), settings_of(study, overrides)
     began = folder / "settings.json"
-    if began.is_file() and json.loads(began.read_text()) != settings:
+    if began.is_file() and as_of_now(json.loads(began.read_text())) != settings:
         raise ValueError(f"{folder} began with other settings: remove it, or set another out")
     folder.mkdir(parents=True, exist_ok=True)
     began.write_text(json.dumps(settings))
@@ -172,7 +177,7 @@ def table(study: Study) -> Iterator[str]:
 
 def of_any_seed(line: dict) -> str:
     """The settings of a run but for its seed."""
-    settings = line["settings"]
+    settings = as_of_now(line["settings"])
     return json.dumps(settings | {"config": settings["config"] | {"seed": None}}, sort_keys=True)
 
 
@@ -197,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         for arm, seed in wanted:
             overrides = [f"seed={seed}" if o == f"seed={study.seeds[0]}" else o for o in of_arm[arm]]
             on_record = results(study).get((arm, seed))
-            if on_record and on_record["settings"] != settings_of(study, overrides):
+            if on_record and as_of_now(on_record["settings"]) != settings_of(study, overrides):
                 raise ValueError(
                     f"{study.out}/results.jsonl has {arm}, seed {seed} with other settings: set another out"
                 )

@@ -130,7 +130,8 @@ def test_the_lines_on_record_make_a_table_and_have_the_settings_that_the_study_g
     assert len(lines) >= 10 and sum(line.startswith("| linear-64 |") for line in study.table(s)) == 1
     for (arm, seed), line in lines.items():
         given = [*s.set, *s.arms[arm].set, f"seed={seed}", f"train.steps={line['steps']}"]
-        assert study.settings_of(s, given) == line["settings"]
+        assert study.settings_of(s, given) == study.as_of_now(line["settings"])
+    assert "head_width" not in line["settings"]["config"]["model"], "an option that came later has its default there"
 
 
 def test_an_arm_that_is_not_there_is_refused(tmp_path):
