@@ -8,7 +8,10 @@ facts       how much that is ("units"), and whatever does not change; one that i
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from clock import Clock
+from content import Case, Document, content
+from torch import Tensor, nn
 
 Repeat = Callable[[int], dict[str, float] | None]
 
@@ -16,3 +19,33 @@ Repeat = Callable[[int], dict[str, float] | None]
 def facts_of(model: nn.Module, **units: int) -> dict[str, Any]:
     """The facts that every model has."""
     return {"units": units, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def plain_training(
+    case: Case,
+    clock: Clock,
+    model: nn.Module,
+    batch_of: Callable[[list[list[Document]]], Any],
+    loss_of: Callable[[Any], Tensor],
+) -> tuple[Repeat, dict]:
+    """A peer's training step as torch's documentation writes it: autocast, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    def repeat(i: int):
+        rows = content(case, i)
+        with clock("data"):
+            batch = batch_of(rows)
+        with clock("forward"), autocast(case):
+            loss = loss_of(batch)
+        with clock("backward"):
+            loss.backward()
+        with clock("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss.isfinite()
+
+    return repeat, facts_of(model, **case.units)
+
+
+def autocast(case: Case) -> torch.autocast:
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")

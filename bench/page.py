@@ -35,7 +35,8 @@ python bench/ask.py gpu gpu-drawing --minutes 7 --out bench/results/GPU.jsonl   
 python bench/page.py
 ```
 
-The first takes about an hour on 2 idle cores, the second at most 8 minutes. `--commit` names the code's commit where it
+The first takes more than an hour on 2 idle cores (`training` 10 minutes of it), the second is to end within 8 minutes:
+no case begins after seven. `--commit` names the code's commit where it
 came without `.git`.
 
 transfusion-pytorch has a virtual environment of its own, PEER, which these commands make:

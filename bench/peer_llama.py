@@ -6,9 +6,9 @@ in the precision of the case.
 
 import numpy as np
 import torch
-from answer import Repeat, facts_of
+from answer import Repeat, facts_of, plain_training
 from clock import Clock
-from content import Case, content, prompts
+from content import Case, Document, prompts
 from ours import config_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,22 +34,12 @@ def build(case: Case) -> LlamaForCausalLM:
 def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """A training step on rows of one document."""
     model = build(case)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
-    def repeat(i: int):
-        rows = [np.concatenate([part for document in row for part in document]) for row in content(case, i)]
-        with clock("data"):
-            tokens = torch.from_numpy(np.stack(rows)).to(case.device)
-        with clock("forward"), torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        with clock("backward"):
-            loss.backward()
-        with clock("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-        assert loss.isfinite()
+    def batch_of(rows: list[list[Document]]) -> torch.Tensor:
+        texts = [np.concatenate([part for document in row for part in document]) for row in rows]
+        return torch.from_numpy(np.stack(texts)).to(case.device)
 
-    return repeat, facts_of(model, **case.units)
+    return plain_training(case, clock, model, batch_of, lambda tokens: model(input_ids=tokens, labels=tokens).loss)
 
 
 def writing(case: Case, clock: Clock) -> tuple[Repeat, dict]:

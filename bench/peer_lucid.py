@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import torch
 import transfusion_pytorch.transfusion as package
-from answer import Repeat, facts_of
+from answer import Repeat, autocast, facts_of, plain_training
 from clock import Clock
-from content import Case, Document, content, prompts
+from content import Case, Document, prompts
 from loguru import logger
 from tqdm import tqdm
 from transfusion_pytorch import Transfusion
@@ -41,29 +41,14 @@ def parts(document: Document, device: str) -> list[torch.Tensor]:
     return [torch.from_numpy(p if p.ndim == 1 else p.transpose(1, 2, 0).copy()).to(device) for p in document]
 
 
-def autocast(case: Case) -> torch.autocast:
-    return torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
-
-
 def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     """A training step; documents of a row are samples of their own, as it packs none."""
     model = build(case).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
-    def repeat(i: int):
-        rows = content(case, i)
-        with clock("data"):
-            samples = [parts(document, case.device) for row in rows for document in row]
-        with clock("forward"), autocast(case):
-            loss = model(samples)
-        with clock("backward"):
-            loss.backward()
-        with clock("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-        assert loss.isfinite()
+    def batch_of(rows: list[list[Document]]) -> list[list[torch.Tensor]]:
+        return [parts(document, case.device) for row in rows for document in row]
 
-    return repeat, facts_of(model, **case.units)
+    return plain_training(case, clock, model, batch_of, model)
 
 
 def drawing(case: Case, clock: Clock) -> tuple[Repeat, dict]:
