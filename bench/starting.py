@@ -1,7 +1,7 @@
 """How long until a program does what it is for: whole processes, from their start.
 
-torch              `import torch`, which all that follow contain
-transfusion        `import transfusion`             help    `transfusion --help`
+torch              `import torch`, which resume and the peers contain
+transfusion        `import transfusion`             help    `transfusion --help`, neither of which needs it
 resume             `transfusion train CONFIG --resume`: import, data, checkpoint, until the first step is told
 transfusion_pytorch, transformers                   the peers' imports
 """

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from tiny_run import write_documents, write_tiny
 
-from transfusion import cli, load
+from transfusion import cli, commands, load
 from transfusion.checkpoint import latest_checkpoint, read_state
-from transfusion.cli import build_parser, free_name, main, parse
+from transfusion.cli import COMMANDS, build_parser, main, parse
+from transfusion.commands import free_name
 from transfusion.metrics import read_records
 from transfusion.tokenizer import load_tokenizer
 
@@ -40,8 +41,8 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def commands() -> dict[str, argparse.ArgumentParser]:
-    return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    return next(a for a in build_parser(COMMANDS)._actions if isinstance(a, argparse._SubParsersAction)).choices
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -142,7 +143,7 @@ def test_what_is_given_reaches_the_engine_in_its_order(config, monkeypatch):
         asked.append((prompts, options))
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(cli, "load", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(commands, "load", lambda *_: SimpleNamespace(generate=generate))
     given = [option for file in files for option in ("--image", str(file))]
     assert main(["generate", "any", "x", *given, "--max-images", "3", "--guidance-interval", "0.1", "0.8"]) == 0
     (((first, second, text),), options) = asked[0]
@@ -264,15 +265,19 @@ def test_a_model_of_codes_trains_is_measured_and_draws_the_same_once_exported_wi
 # ---- help ----
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_names_each_of_its_arguments(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for action in commands()[name]._actions:
+    for action in parsers()[name]._actions:
         shown = action.option_strings[-1] if action.option_strings else action.metavar
         assert shown in out, f"{name} --help does not name {shown}"
+
+
+def test_every_command_does_something_of_its_own():
+    assert len({parser.get_default("run") for parser in parsers().values()} - {None}) == len(COMMANDS) > 0
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option():
@@ -402,7 +407,7 @@ def test_ctrl_c_ends_a_command_quietly(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupted)
+    monkeypatch.setattr(commands, "load", interrupted)
     assert main(["generate", "any", "x"]) == 130
     assert capsys.readouterr() == ("", "")
 

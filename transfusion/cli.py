@@ -1,315 +1,50 @@
-"""The command line: `transfusion train | train-codec | generate | caption | edit | inpaint | eval | eval-codec | ...`.
+"""The command line: `transfusion COMMAND ...`.
+
+A command's arguments and its work are in `commands.py`, which brings torch and is imported once a command is named: to
+show what there is, and to refuse what there is not, this table is enough.
 
 The user's mistakes are ValueErrors with their remedy: they end in one line and exit code 2, never in a traceback.
 """
 
 import argparse
-import json
 import sys
-from dataclasses import fields
-from pathlib import Path
-from typing import get_origin
+from collections.abc import Iterable, Sequence
 
-import PIL.Image
-
-from transfusion.codec.load import load_codec
-from transfusion.config import load_config, override, to_toml
-from transfusion.data.corpus import build_corpus
-from transfusion.data.crops import build_crops
-from transfusion.data.images import parse_size
-from transfusion.data.text import load_text
-from transfusion.diffusion.solver import SOLVERS
-from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
-from transfusion.evals.run import EvalConfig, evaluate, table
-from transfusion.export import DTYPES, export
-from transfusion.generate import Answer
-from transfusion.llama import is_llama
-from transfusion.plan import plan
-from transfusion.pretrained import load
-from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
-from transfusion.tokenizer import train_tokenizer
-from transfusion.train import train
-from transfusion.train_codec import CodecRunConfig, data_of, train_codec
-
-DRAWING = ("steps", "guidance", "guidance_interval", "renormalise", "solver")
-RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
-CODEC_HELP = "pixels, a run of train-codec, a checkpoint, an exported folder, pretrained:emoji or diffusers:FOLDER"
-
-SAMPLING = {
-    "steps": "of the solver: more is slower and finer",
-    "solver": f"how noise becomes an image: {', '.join(SOLVERS)}",
-    "guidance": "how much an image follows its text; 1 = no guidance",
-    "image_guidance": "how much an image follows those before it; 1 = no guidance",
-    "guidance_interval": "guide only at noise levels t between these, 0 = image, 1 = noise",
-    "renormalise": "keep strong guidance from overdriving contrast",
-    "temperature": "of text; 0 = always the likeliest token",
-    "top_p": "pick tokens among the likeliest of this total probability",
-    "top_k": "pick tokens among so many likeliest; 0 = all",
-    "max_tokens": "of text, at most",
-    "max_images": "that it draws of itself in one answer, at most",
-    "batch": "prompts at once: fewer need less memory",
+COMMANDS = {
+    "train": "Train a model, or go on training one.",
+    "train-codec": "Train an autoencoder, whose latents a model may then draw.",
+    "generate": "Draw an image for each prompt, or let the model write and draw as it likes.",
+    "caption": "Say what is on each image.",
+    "edit": "Draw an image anew as an instruction says, by a model that has learned to edit.",
+    "inpaint": "Draw the part of an image anew that a mask shows in white; the rest stays.",
+    "eval": "Measure a model on its data: text, captions, diffusion, drawings.",
+    "eval-codec": "Measure how well a codec gives images back.",
+    "plan": "Print a config's parameters, FLOPs and memory; runs nothing.",
+    "tokenize": "Train a byte-level BPE tokenizer on text.",
+    "export": "Write a trained model as one folder to share.",
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(words: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser of a command line of these words: with every command's arguments where one of them is a command."""
     parser = argparse.ArgumentParser(
         prog="transfusion", description="One transformer that writes text and draws images."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help in COMMANDS.items():
+        commands.add_parser(name, help=help, description=help)
+    if not COMMANDS.keys().isdisjoint(words):
+        from transfusion.commands import declare  # here, so that all else need not wait for torch
 
-    def command(name: str, run, help: str, **keys) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=help, description=help, **keys)
-        p.set_defaults(run=run)
-        return p
-
-    def with_config(p: argparse.ArgumentParser):
-        p.add_argument("config", metavar="CONFIG.toml", help="a file of configs/, or your own")
-        p.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="e.g. out=runs/mine data.images=my/folder train.steps=500; without out: runs/NAME OF THE CONFIG",
-        )
-
-    def with_model(p: argparse.ArgumentParser):
-        p.add_argument("model", metavar="RUN", help=RUN_HELP)
-        p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
-        p.add_argument("--precision", choices=PRECISIONS, default="", help="of its products; default: the run's own")
-
-    def with_sampling(p: argparse.ArgumentParser, *names: str):
-        for field in fields(SampleConfig):
-            if field.name in names:
-                flag = "--" + field.name.replace("_", "-")
-                kind = {"type": field.type}
-                if field.type is bool:
-                    kind = {"action": argparse.BooleanOptionalAction}
-                elif get_origin(field.type) is tuple:
-                    kind = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
-                p.add_argument(flag, dest=field.name, **kind, help=f"{SAMPLING[field.name]}; default: the run's own")
-        p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")
-
-    p = command("train", run_train, "Train a model, or go on training one.")
-    with_config(p)
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-
-    p = command("train-codec", run_train_codec, "Train an autoencoder, whose latents a model may then draw.")
-    with_config(p)
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-
-    p = command("generate", run_generate, "Draw an image for each prompt, or let the model write and draw as it likes.")
-    with_model(p)
-    p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw, e.g. "a red apple"')
-    p.add_argument(
-        "--image",
-        type=Path,
-        action="append",
-        default=[],
-        help="a picture file that stands before each prompt; again: more",
-    )
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
-    p.add_argument(
-        "--mode", choices=("draw", "text", "auto"), default="draw", help="draw an image (default), write text, or both"
-    )
-    p.add_argument(
-        "--size", type=parse_size, help='of the drawings, height x width, e.g. "48x80"; default: the run\'s own'
-    )
-    with_sampling(p, *DRAWING, "temperature", "top_p", "top_k", "max_tokens", "max_images", "batch")
-
-    p = command("caption", run_caption, "Say what is on each image.")
-    with_model(p)
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a picture file: PNG, JPEG, WebP, ...")
-    with_sampling(p, "temperature", "max_tokens", "batch")
-
-    p = command("edit", run_edit, "Draw an image anew as an instruction says, by a model that has learned to edit.")
-    with_model(p)
-    p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
-    p.add_argument("instructions", nargs="+", metavar="INSTRUCTION", help='e.g. "make it green"; one drawing each')
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
-    with_sampling(p, *DRAWING, "image_guidance")
-
-    p = command("inpaint", run_inpaint, "Draw the part of an image anew that a mask shows in white; the rest stays.")
-    with_model(p)
-    p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
-    p.add_argument("mask", type=Path, metavar="MASK", help="a picture file: white = draw anew, black = keep")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the whole image shows; one drawing each")
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
-    with_sampling(p, *DRAWING)
-
-    p = command("eval", run_eval, "Measure a model on its data: text, captions, diffusion, drawings.")
-    with_model(p)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    p.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="n_captions=500, data.images=FOLDER, ...: fields of EvalConfig, and other data than the run's own",
-    )
-
-    p = command("eval-codec", run_eval_codec, "Measure how well a codec gives images back.")
-    p.add_argument("codec", metavar="CODEC", help=CODEC_HELP)
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
-    p.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="n_images=100, features=installed, sheets=FOLDER: fields of CodecEvalConfig; data.images=FOLDER, "
-        "data.image_size=128: other data than the run's own",
-    )
-
-    p = command("plan", run_plan, "Print a config's parameters, FLOPs and memory; runs nothing.")
-    with_config(p)
-
-    p = command("tokenize", run_tokenize, "Train a byte-level BPE tokenizer on text.")
-    p.add_argument("out", type=Path, metavar="TOKENIZER.json")
-    p.add_argument("texts", nargs="+", metavar="TEXT", help="text files or folders, or shakespeare")
-    p.add_argument("--vocab-size", type=int, default=4096)
-
-    p = command("export", run_export, "Write a trained model as one folder to share.")
-    p.add_argument("model", metavar="RUN", help=RUN_HELP)
-    p.add_argument("out", type=Path, metavar="FOLDER")
-    p.add_argument("--dtype", choices=DTYPES, default="bf16")
-    p.add_argument("--license", default="other", help="of the weights, for the model card")
+        declare(commands.choices)
     return parser
 
 
-def run_train(args):
-    config = load_config(RunConfig, args.config, args.overrides)
-    run = Path(config.out or Path("runs") / Path(args.config).stem)
-    print(f"run folder: {run}")
-    saved = train(config, run, args.resume)
-    print(f'saved {saved}\ntry:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
-
-
-def run_train_codec(args):
-    config = load_config(CodecRunConfig, args.config, args.overrides)
-    run = Path(config.out or Path("runs") / Path(args.config).stem)
-    print(f"run folder: {run}")
-    saved = train_codec(config, run, args.resume)
-    print(f"saved {saved}\ntry:  transfusion eval-codec {run}\n      transfusion train CONFIG data.codec={run}")
-
-
-def run_generate(args):
-    images, engine = [open_image(path) for path in args.image], load(args.model, args.device, args.precision)
-    prompts = [[*images, prompt] for prompt in args.prompts]
-    answers = engine.generate(prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
-    show(args.prompts, answers, args.out)
-
-
-def run_edit(args):
-    image, engine = open_image(args.image), load(args.model, args.device, args.precision)
-    drawn = engine.edit([image] * len(args.instructions), args.instructions, seed=args.seed, **sampling_of(args))
-    show(args.instructions, [[one] for one in drawn], args.out)
-
-
-def run_inpaint(args):
-    image, mask, n = open_image(args.image), open_image(args.mask), len(args.prompts)
-    engine = load(args.model, args.device, args.precision)
-    drawn = engine.inpaint([image] * n, [mask] * n, args.prompts, seed=args.seed, **sampling_of(args))
-    show(args.prompts, [[one] for one in drawn], args.out)
-
-
-def show(prompts: list[str], answers: list[Answer], folder: Path):
-    """Prints what was written and saves what was drawn for each prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for prompt, answer in zip(prompts, answers):
-        print(f"{prompt}:")
-        for part in answer:
-            if not isinstance(part, str):
-                path = free_name(folder, prompt)
-                part.save(path)
-                part = path
-            print(f"  {part}")
-
-
-def run_caption(args):
-    images = [open_image(path) for path in args.images]
-    engine = load(args.model, args.device, args.precision)
-    captions = engine.caption(images, seed=args.seed, **sampling_of(args))
-    for path, caption in zip(args.images, captions):
-        print(f"{path}: {caption}")
-
-
-def run_eval(args):
-    engine = load(args.model, args.device, args.precision)
-    of_data = [text for text in args.overrides if text.startswith("data.")]
-    c = override(engine.config, of_data)
-    corpus, _ = build_corpus(
-        c.data, engine.tokenizer, load_codec(c.data.codec, engine.device), engine.fmt, c.train.seq_len
-    )
-    results = evaluate(engine, corpus, load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]))
-    print(table(results))
-    if args.json:
-        write_json(args.json, results)
-
-
-def run_eval_codec(args):
-    device = pick_device(args.device)
-    codec = load_codec(args.codec, device)
-    of_data = [text.removeprefix("data.") for text in args.overrides if text.startswith("data.")]
-    others = [text for text in args.overrides if not text.startswith("data.")]
-    config = load_config(CodecEvalConfig, None, others)
-    crops, _ = build_crops(override(data_of(args.codec), of_data))
-    results = evaluate_codec(codec, crops, config, device)
-    print(table(results))
-    if args.json:
-        write_json(args.json, results)
-
-
-def run_plan(args):
-    config = load_config(RunConfig, args.config, args.overrides)
-    m, factor = config.model, config.data.factor
-    if is_llama(config.init) or not (m.vocab_size and m.channels and factor):  # else the config says it all
-        config = resolve(config, load_codec(config.data.codec))
-    print(to_toml(config) + "\n" + plan(config))
-
-
-def run_tokenize(args):
-    texts = [text for path in args.texts for text in load_text(path)[0].train]
-    tokenizer = train_tokenizer(texts, args.vocab_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(args.out)
-    print(f"{args.out}: {tokenizer.vocab_size} tokens; use it by data.tokenizer={args.out}")
-
-
-def run_export(args):
-    print(export(args.model, args.out, args.dtype, args.license))
-
-
-def write_json(file: Path, numbers: dict[str, float]):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(numbers, indent=1) + "\n")
-
-
-def sampling_of(args) -> dict:
-    """The sampling options that were given."""
-    names = {f.name for f in fields(SampleConfig)}
-    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-
-
-def open_image(path: Path) -> PIL.Image.Image:
-    try:
-        image = PIL.Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except Exception as error:  # Pillow's plugins raise what they like on broken files
-        raise ValueError(f"{path} cannot be read as an image ({error}): convert it to PNG or JPEG") from None
-    return image
-
-
-def free_name(folder: Path, prompt: str) -> Path:
-    """A file name made of the prompt that overwrites nothing."""
-    stem = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "image"
-    names = (folder / f"{stem}{suffix}.png" for suffix in ("", *(f"-{i}" for i in range(2, 10**6))))
-    return next(name for name in names if not name.exists())
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments; overrides may stand before and behind an option, which argparse by itself does not take."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = build_parser(words)
+    args, rest = parser.parse_known_args(words)
     if rest and ("overrides" not in args or any("=" not in r or r.startswith("-") for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -317,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         args.run(args)
