@@ -10,7 +10,7 @@ from test_transformer import OPTIONS, outputs, random_model, row
 
 from transfusion.model.lora import LoraConfig
 from transfusion.model.mask import dense_mask
-from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, text_twin
+from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, products, stack, text_twin
 from transfusion.model.transformer import SEPARABLE, Block, build_model
 from transfusion.sequence import NONE
 
@@ -64,6 +64,26 @@ def test_a_position_takes_the_weights_of_its_path():
                 torch.testing.assert_close(linear(x, path), x @ W.T)
                 scale = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
                 torch.testing.assert_close(norm(x, path), scale * getattr(norm, f"{own}weight"))
+
+
+@torch.no_grad()
+def test_stacked_matrices_give_what_each_gives_and_their_weights_are_views_of_the_stack():
+    x = torch.randn(5, 6)
+    for separate in (False, True):
+        for adapted in (None, LoraConfig(2, 3.0, paths=("image",))):
+            linears = [Linear(6, n, separate, lora) for n, lora in ((4, None), (2, adapted), (3, None))]
+            for p in (p for w in linears for p in w.parameters()):
+                torch.nn.init.normal_(p)
+            alone = [[w(x, path) for w in linears] for path in (TEXT, IMAGE)]
+            stack(linears)
+            for path in (TEXT, IMAGE):
+                torch.testing.assert_close(list(products(linears, x, path)), alone[path])
+                torch.testing.assert_close([w(x, path) for w in linears], alone[path])
+            assert (linears[0].stacked is None) == (adapted is not None)
+            if linears[0].stacked:
+                pieces = {p.untyped_storage().data_ptr() for p in linears[0].stacked}
+                assert {p.untyped_storage().data_ptr() for w in linears for p in w.parameters()} == pieces
+                assert len(pieces) == 1 + separate
 
 
 @pytest.mark.parametrize(
@@ -145,8 +165,9 @@ def test_every_weight_of_both_paths_has_a_gradient_where_there_are_text_and_imag
 
 
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
-def test_compiled_blocks_take_any_number_of_patches_and_are_not_compiled_for_each(monkeypatch):
-    options, compilations = {**SORTED["separate"], "n_layers": 1}, []
+@pytest.mark.parametrize("options", [{}, SORTED["separate"]], ids=["one path", "separate"])
+def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(options, monkeypatch):
+    options, compilations = {**options, "n_layers": 1}, []
 
     def backend(graph, inputs):
         compilations.append(graph)
@@ -166,9 +187,8 @@ def test_compiled_blocks_take_any_number_of_patches_and_are_not_compiled_for_eac
     ):
         length = row(options, documents, 0)[0].tokens.shape[1]
         b, z, t = row(options, documents, padding=24 - length)  # rows of a run are of one length
-        real = b.document[0] >= 0  # attention leaves padding out, where it goes by documents
         for a, c in zip(outputs(plain, b, z, t), outputs(compiled, b, z, t)):
-            torch.testing.assert_close(a[real], c[real], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
         if documents == [[1, (3, 4), 1]]:
             before = len(compilations)
     assert 0 < len(compilations) == before

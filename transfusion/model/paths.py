@@ -10,6 +10,7 @@ other. A weight without a twin of its own name with `image_` before it serves bo
 """
 
 import re
+from collections.abc import Sequence as Seq
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = parameter(n_out, n_in)
         self.image_weight = parameter(n_out, n_in) if separate else None
+        self.stacked: tuple[Tensor, Tensor] | None = None  # of each path: these rows, then those of others (`stack`)
         self.scale = lora.alpha / lora.r if lora else 0.0
         for path, prefix in zip(PATHS, ("", "image_")):
             adapted = lora is not None and path in lora.paths
@@ -74,6 +76,31 @@ class Linear(nn.Module):
         y = F.linear(x, weight)
         A, B = (self.image_lora_A, self.image_lora_B) if path == IMAGE else (self.lora_A, self.lora_B)
         return y if A is None else y + self.scale * F.linear(F.linear(x, A), B)
+
+
+def products(linears: Seq[Linear], x: Tensor, path: int) -> Seq[Tensor]:
+    """What each of the matrices makes of the same stream x; one product where they are stacked."""
+    stacked = linears[0].stacked
+    if stacked is None:
+        return [w(x, path) for w in linears]
+    y = F.linear(x.to(stacked[path].dtype), stacked[path])
+    return y.split([len(w.weight) for w in linears], -1)
+
+
+def stack(linears: Seq[Linear]):
+    """Puts the weights of matrices that read the same stream into one piece a path, of which they become views.
+
+    To sample with: a few rows are through all of them as soon as through one. With adapters they stay apart.
+    """
+    if any(is_adapter(name) for w in linears for name, _ in w.named_parameters()):
+        return
+    pieces = []
+    for name in ("weight", "image_weight")[: 1 + (linears[0].image_weight is not None)]:
+        weights = [getattr(w, name).detach() for w in linears]
+        pieces.append(torch.cat(weights))
+        for w, part in zip(linears, pieces[-1].split([len(x) for x in weights])):
+            setattr(w, name, nn.Parameter(part, requires_grad=False))
+    linears[0].stacked = (pieces[0], pieces[-1])
 
 
 class Norm(nn.Module):

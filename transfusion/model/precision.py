@@ -1,4 +1,5 @@
-"""A model to sample from in half precision: its matrices are converted once, not cast in every call.
+"""A model to sample from in half precision: its matrices are converted once, not cast in every call, and those that
+read the same stream are stacked.
 
 bfloat16   every matrix and kernel: trunk, head, patch layers
 float32    embeddings, norms, the residual stream between the layers, rotary angles: what is added up over the depth
@@ -9,7 +10,7 @@ from copy import deepcopy
 import torch
 from torch.nn import Parameter
 
-from transfusion.model.paths import Linear
+from transfusion.model.paths import Linear, stack
 from transfusion.model.transformer import Transfusion
 
 
@@ -24,4 +25,9 @@ def at_precision(model: Transfusion, dtype: torch.dtype) -> Transfusion:
     for module in halved:
         known |= {id(p): Parameter(p.to(dtype), p.requires_grad) for p in module.parameters()}
         known |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
-    return deepcopy(model, known)
+    model = deepcopy(model, known)
+    for layer in model.layers:
+        a, f = layer.attention, layer.feed_forward
+        stack((a.wq, a.wk, a.wv))
+        stack((f.w1, f.w3))
+    return model

@@ -41,7 +41,7 @@ class RopeScaling:
 
 
 def angles(place: Tensor, head_dim: int, base: float, scaling: RopeScaling) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [B, 1, L, K/2] float32, of the rotary coordinates place[..., :2]."""
+    """(cos, sin), each [B, 1, L, K] float32, of the rotary coordinates place[..., :2]; the first half of sin is -sin."""
     pair = torch.arange(head_dim // 2, device=place.device)
     frequency = base ** (-2.0 * pair.float() / head_dim)
     if scaling.factor != 1:
@@ -50,10 +50,10 @@ def angles(place: Tensor, head_dim: int, base: float, scaling: RopeScaling) -> t
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling.factor)
     angle = place[..., pair % 2].float() * frequency  # [B, L, K/2]
-    return angle.cos()[:, None], angle.sin()[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [B, H, L, K] turned by their positions."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """Heads [B, H, L, K] turned by their positions: (a cos - b sin, b cos + a sin) of their halves a, b."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

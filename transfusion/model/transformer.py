@@ -20,7 +20,7 @@ from transfusion.model import mask as masks
 from transfusion.model.cache import Cache, LayerCache
 from transfusion.model.lora import MODULE_OF, LoraConfig
 from transfusion.model.patches import LinearPatches
-from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, is_adapter, text_twin
+from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, is_adapter, products, text_twin
 from transfusion.model.refine import FACTOR, Refine
 from transfusion.model.rope import RopeScaling, angles, rotate
 from transfusion.model.unet import STAGES, UNetPatches
@@ -155,10 +155,11 @@ class Attention(nn.Module):
         separate = "attention" in config.separate
         self.q_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
+        self.varlen_attention = varlen_attention
 
     def heads(self, x: Tensor, path: int) -> list[Tensor]:
         """q, k, v [..., H, K] of a stream [..., D]."""
-        q, k, v = (w(x, path).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (a.unflatten(-1, (-1, self.head_dim)) for a in products((self.wq, self.wk, self.wv), x, path))
         if self.q_norm is not None:
             q, k = self.q_norm(q.float(), path), self.k_norm(k.float(), path)
         return [q, k, v]
@@ -174,12 +175,12 @@ class Attention(nn.Module):
     ) -> list[Tensor]:
         of_streams = [self.heads(x, path) for path, x in enumerate(streams)]
         q, k, v = (order.join(parts).transpose(1, 2) for parts in zip(*of_streams))  # [B, H, L, K]
-        q, k = (rotate(a.float(), cos, sin).to(v.dtype) for a in (q, k))
+        q, k = (rotate(a.float(), cos, sin) for a in (q, k))
         if cache is not None:
             k, v = cache.extend(k, v)
-            q = q.to(k.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if isinstance(mask, VarlenMask):
-            out = varlen_attention(q, k, v, mask)
+            out = self.varlen_attention(q, k, v, mask)
         elif isinstance(mask, BlockMask):
             out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
         else:
@@ -195,7 +196,8 @@ class FeedForward(nn.Module):
         self.w2 = matrix(config, "w2", config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor, path: int) -> Tensor:
-        return self.w2(F.silu(self.w1(x, path)) * self.w3(x, path), path)
+        gate, up = products((self.w1, self.w3), x, path)
+        return self.w2(F.silu(gate) * up, path)
 
 
 class Block(nn.Module):
@@ -305,7 +307,9 @@ class Transfusion(nn.Module):
 
     def compile_layers(self):
         """Compiles each block by itself: one compilation serves all, the rest stays open to change in shape."""
-        for layer in self.layers:  # how many patches there are changes from batch to batch, the size of rows does not
+        for layer in self.layers:
+            # documents change from batch to batch, and so does how many patches there are; the size of rows does not
+            layer.attention.varlen_attention = torch.compiler.disable(varlen_attention)
             layer.compile(dynamic=None if self.config.sorts else False)
         self.compiled = True
 
@@ -338,10 +342,9 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
 
 
 def row_mask(batch: Batch, model: Transfusion) -> Mask:
-    """The mask of a batch: FlexAttention's tiles for compiled blocks on CUDA, documents apart on a CPU."""
+    """The mask of a batch: documents apart on a CPU, FlexAttention's tiles for compiled blocks on CUDA, else dense."""
     on = batch.tokens.device.type
-    if model.compiled:  # shapes must not change
-        build = masks.block_mask if on == "cuda" else masks.dense_mask
-    else:  # Flex would write out all scores: ten times slower than SDPA
-        build = varlen_mask if on == "cpu" else masks.dense_mask
+    build = varlen_mask if on == "cpu" else masks.dense_mask  # Flex would write out all scores: ten times slower
+    if on == "cuda" and model.compiled:
+        build = masks.block_mask
     return build(batch.document, batch.image, batch.hidden, not model.config.causal_images)
