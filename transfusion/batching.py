@@ -288,7 +288,7 @@ class Batching:
 
     def predictions(self, chunk: Chunk, z: Tensor, t: Tensor) -> Tensor:
         """[M, P] float32, of a chunk of images."""
-        return self.forward(chunk, z, t, chunk.last[:0], again=True)[1].float()
+        return self.forward(chunk, z, t, chunk.last[:0], True)[1].float()
 
 
 def refuse_nan(x: Tensor):

@@ -191,14 +191,16 @@ def run_train_codec(args):
 
 
 def run_generate(args):
-    images, engine = [open_image(path) for path in args.image], load(args.model, args.device, args.precision, args.compile)
+    images = [open_image(path) for path in args.image]
+    engine = load(args.model, args.device, args.precision, args.compile)
     prompts = [[*images, prompt] for prompt in args.prompts]
     answers = engine.generate(prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
     show(args.prompts, answers, args.out)
 
 
 def run_edit(args):
-    image, engine = open_image(args.image), load(args.model, args.device, args.precision, args.compile)
+    image = open_image(args.image)
+    engine = load(args.model, args.device, args.precision, args.compile)
     drawn = engine.edit([image] * len(args.instructions), args.instructions, seed=args.seed, **sampling_of(args))
     show(args.instructions, [[one] for one in drawn], args.out)
 

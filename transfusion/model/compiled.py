@@ -4,6 +4,7 @@
     q = 1          one request writes           several write
     q > 1          one draws without guidance   several lanes draw
 
+Where the trunk has weights of its own for patches (paths.py), lanes that draw images of several sizes take a fifth.
 torch compiles anew where a size is 1 and where it was not. By itself it also does where two sizes that were equal no
 longer are, as those of four lanes and of four heads, and it would give up for good after eight graphs of all models.
 """
@@ -27,8 +28,10 @@ def compiled_trunk(model: Transfusion) -> Callable[..., Tensor]:
 
     try:
         get_cpp_compiler()
-    except Exception as error:
-        raise ValueError(f"compile wants a C++ compiler ({error}): install g++, or leave compile out") from None
+    except Exception:  # of torch's own, whose name differs between versions
+        raise ValueError(
+            f"compile wants a C++ compiler, and torch finds none: install g++, or leave --compile (compile=True) out"
+        ) from None
     trunk = torch.compile(model.trunk, dynamic=True)
 
     def call(*arguments) -> Tensor:
