@@ -53,7 +53,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("name, most, order", [("plain", 4, o) for o in ORDERS] + [("separate", 5, "alone first")])
 def test_mixed_requests_in_any_order_take_few_graphs_and_come_out_as_without(graphs, name, most, order):
-    plain = engine_of(seq_len=60, **OPTIONS[name])
+    plain = engine_of(seq_len=60, n_layers=1, **OPTIONS[name])
     fast = compiled(plain)
     for which, batch in ORDERS[order]:
         for a, b in zip(answers(fast, which, batch), answers(plain, which, batch), strict=True):
@@ -63,7 +63,7 @@ def test_mixed_requests_in_any_order_take_few_graphs_and_come_out_as_without(gra
 
 @pytest.mark.parametrize("name", ["lora", "unet", "all", "sides"])
 def test_every_kind_of_model_is_compiled_and_draws_and_writes_as_without(graphs, name):
-    plain = engine_of(seq_len=60, **OPTIONS[name])
+    plain = engine_of(seq_len=60, n_layers=1, **OPTIONS[name])
     fast, which = compiled(plain), [0, 3]
     for a, b in zip(answers(fast, which, 64), answers(plain, which, 64), strict=True):
         alike(a, b)

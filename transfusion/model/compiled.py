@@ -30,7 +30,7 @@ def compiled_trunk(model: Transfusion) -> Callable[..., Tensor]:
         get_cpp_compiler()
     except Exception:  # of torch's own, whose name differs between versions
         raise ValueError(
-            f"compile wants a C++ compiler, and torch finds none: install g++, or leave --compile (compile=True) out"
+            "compile wants a C++ compiler, and torch finds none: install g++, or leave --compile (compile=True) out"
         ) from None
     trunk = torch.compile(model.trunk, dynamic=True)
 
