@@ -101,8 +101,8 @@ def summary(replies: list[dict]) -> dict:
     }
 
 
-def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: int, until: float) -> Iterator[dict]:
-    """A line of results for each arm; it ends early, with three rounds at least, where the time is over."""
+def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: int, seconds: float) -> Iterator[dict]:
+    """A line of results for each arm; rounds end early, with three at least, so many seconds after the warm-up."""
     workers, hellos, replies, errors = {}, {}, {name: [] for name in arms}, {}
 
     def attempt(name: str, work):
@@ -127,7 +127,9 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
                 reply = attempt(name, lambda name=name, r=r: workers[name].ask(repeat=r))
                 if reply and r:
                     replies[name].append(reply)
-            if r >= 3 and time.monotonic() > until:
+            if r == 0:  # the warm-up may have compiled for minutes
+                until = time.monotonic() + seconds
+            elif r >= 3 and time.monotonic() > until:
                 break
         for name, arm in arms.items():
             line = {"arm": name, "answer": arm.answer, "case": asdict(case), "change": arm.change}
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=11, help="rounds besides the first")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
     parser.add_argument(
-        "--case-minutes", type=float, default=0.5, help="begin no round but the first three after so many"
+        "--case-minutes", type=float, default=0.5, help="begin no round but the first three so many after the warm-up"
     )
     parser.add_argument("--commit", default=commit(), help="of the code, where git does not know it")
     parser.add_argument(
@@ -191,8 +193,8 @@ def ask(name: str, cases: list[Case], args: argparse.Namespace, about: dict, unt
         if time.monotonic() > until:
             print(f"{name}: not measured, the time is over: {len(cases) - i} of {len(cases)} cases", file=sys.stderr)
             return
-        case_until = min(until, time.monotonic() + 60 * args.case_minutes)
-        for line in measure(arms, pythons, case, args.repeat, case_until):
+        seconds = min(until - time.monotonic(), 60 * args.case_minutes)
+        for line in measure(arms, pythons, case, args.repeat, seconds):
             with out.open("a") as file:
                 file.write(json.dumps({"question": name, **line, **about}) + "\n")
             says = line.get("error") or f"{line['wall']['median']:.4g} s, processor {line['cpu']['median']:.4g} s"

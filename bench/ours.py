@@ -107,7 +107,7 @@ def engine_of(case: Case) -> Engine:
     model = build_model(config.model, case.device).eval()
     tokenizer = SimpleNamespace(special=fmt.special, vocab_size=fmt.text_tokens)
     codec = Codec("latents", case.channels, 1, None, encode=lambda x: x, decode=lambda x: x)
-    return Engine(model, tokenizer, config, codec)
+    return Engine(model, tokenizer, config, codec, case.compile)
 
 
 def open_prompts(case: Case, i: int) -> list[list[Segment]]:

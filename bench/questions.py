@@ -81,6 +81,10 @@ def as_large(answer: str) -> dict[str, Arm]:
     return {"ours, 24 layers": Arm(f"ours.{answer}", change={"depth": 24})}
 
 
+def compiled(answer: str) -> dict[str, Arm]:
+    return {"ours, compiled": Arm(f"ours.{answer}", change={"compile": True})}
+
+
 def precisions(arms: dict[str, Arm]) -> dict[str, Arm]:
     """The arms, and each of them in fp32."""
     return arms | {f"{name}, fp32": replace(arm, change=arm.change | FP32) for name, arm in arms.items()}
@@ -111,7 +115,7 @@ QUESTIONS = {  # in the order of what matters most
     ),
     "drawing": Question(
         "Drawing: 64 patches by 50 steps of Euler's method behind 16 tokens, batched and cached",
-        with_lucid("drawing"),
+        with_lucid("drawing") | compiled("drawing"),
         (
             *sized(*grid(MIXED, batch=(1, 16)), replace(MIXED, **FP32)),
             *grid(BOTH, batch=(1, 4, 16)),
@@ -121,7 +125,9 @@ QUESTIONS = {  # in the order of what matters most
     ),
     "writing": Question(
         "Writing: 64 tokens behind 16, batched and cached",
-        precisions(with_lucid("writing") | {LLAMA: Arm("peer_llama.writing")}) | as_large("writing"),
+        precisions(with_lucid("writing") | {LLAMA: Arm("peer_llama.writing")})
+        | as_large("writing")
+        | compiled("writing"),
         (*sized(*grid(TEXT, batch=(1, 16))), replace(TEXT, batch=4), replace(TEXT, threads=1)),
     ),
     "requests": Question(
@@ -170,7 +176,7 @@ QUESTIONS = {  # in the order of what matters most
     ),
     "compiled": Question(
         "A training step with blocks compiled or not",
-        OURS | {"ours, compiled": Arm("ours.training", change={"compile": True})},
+        OURS | compiled("training"),
         sized(BOTH),
     ),
     "loader": Question(

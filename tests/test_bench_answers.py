@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import attend
@@ -111,6 +112,22 @@ def test_bytes_are_those_of_an_operators_tensors_and_views_move_none():
 def test_drawing_answers_with_an_image_a_prompt(precision, guidance):
     parts, facts = once(ours.drawing, replace(TINY, precision=precision, guidance=guidance))
     assert list(parts) == ["draw"] and facts["units"] == {"images": 2}
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
+@pytest.mark.parametrize("name", ["drawing", "writing"])
+def test_an_arm_that_is_compiled_samples_by_compiled_graphs(name, monkeypatch):
+    arm, graphs = QUESTIONS[name].arms["ours, compiled"], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    once(getattr(ours, name), replace(TINY, **arm.change))
+    assert arm.answer == f"ours.{name}" and len(graphs) == 1
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("image", [False, True])

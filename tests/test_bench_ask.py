@@ -79,6 +79,14 @@ def test_arms_of_another_torch_are_refused_before_any_of_them_is_asked(fake, mon
     assert fake.asked == [(name, "close") for name in ARMS]
 
 
+def test_the_time_of_a_case_begins_when_the_warm_up_is_over(fake, monkeypatch):
+    monkeypatch.setattr(
+        ask.time, "monotonic", lambda: sum(1000 if r == 0 else 1 for _, r in fake.asked if r != "close")
+    )
+    lines = list(ask.measure(ARMS, {"own": ""}, TINY, 99, 20.0))  # a round takes 3 s, the warm-up 3000
+    assert {line["n"] for line in lines} == {7}
+
+
 def test_where_the_time_is_over_a_case_ends_with_three_rounds_and_the_next_is_named(
     fake, monkeypatch, tmp_path, capsys
 ):

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_run import write_documents, write_tiny
 
@@ -105,6 +107,26 @@ def test_sampling_options_and_the_seed_decide_what_is_drawn(trained, tmp_path):
     unguided, never = drawn("unguided", "--guidance", "1"), drawn("never", "--guidance-interval", "0", "0")
     assert np.abs(unguided.astype(int) - never).max() <= 1
     assert not np.array_equal(plain, drawn("renormalised", "--renormalise"))
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
+def test_a_command_with_a_model_compiles_it_where_that_is_asked_for(trained, tmp_path, monkeypatch, capsys):
+    asked = ["generate", str(trained), "blue bar", "--mode", "text", "--temperature", "0", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    plain, graphs = capsys.readouterr().out, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    assert main([*asked, "--compile"]) == 0
+    assert capsys.readouterr().out == plain and len(graphs) == 1
+    with_model = {name for name, c in commands().items() if any(a.dest == "precision" for a in c._actions)}
+    assert with_model == {"generate", "caption", "edit", "inpaint", "eval"}
+    assert all(any(a.dest == "compile" for a in commands()[name]._actions) for name in with_model)
+    torch.compiler.reset()
 
 
 def test_mode_text_writes_text_and_no_file(trained, tmp_path, capsys):

@@ -47,8 +47,10 @@ class Batching:
         diffusion: DiffusionConfig,
         limit: int,  # positions that a document may have
         dtype: torch.dtype,  # of keys and values
+        trunk: Callable[..., Tensor] | None = None,  # the model's, compiled: what comes again and again takes it
     ):
         self.model, self.device, self.dtype = model, model.norm.weight.device, dtype
+        self.trunk = trunk
         self.fmt, self.codec, self.diffusion, self.limit = fmt, codec, diffusion, limit
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -92,15 +94,13 @@ class Batching:
         the end of all that are under way, and the next ones take their turn. Not to be called from two threads at once.
         """
         self.ended = []
-        # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
-        with torch.compiler.set_stance("force_eager") if self.model.compiled else nullcontext():
-            try:
-                self.admit()
-                self.settle()
-                self.draw()
-            except Exception as error:
-                for r in list(self.running):
-                    self.end(r, None if r.done else error)
+        try:
+            self.admit()
+            self.settle()
+            self.draw()
+        except Exception as error:
+            for r in list(self.running):
+                self.end(r, None if r.done else error)
         for r in [r for r in self.running if r.done]:
             self.end(r)
         return self.ended
@@ -121,6 +121,7 @@ class Batching:
             return
         self.running += new
         n, slots = sum(r.lanes for r in self.running), max(r.slots for r in self.running)
+        n = max(n, 2) if self.trunk else n  # a cache of one lane would take graphs of its own
         try:
             if self.lanes is None:
                 self.lanes = Lanes(self.model, self.fmt, self.dtype, n, slots)
@@ -153,7 +154,7 @@ class Batching:
             chunk, asked = self.chunk(group), [i for i, s in enumerate(group) if s.branch in writers]
             z = torch.from_numpy(chunk.patches).to(self.device)
             clean = torch.zeros(len(chunk.grids), device=self.device)
-            found, _ = self.forward(chunk, z, clean, chunk.last[asked])
+            found, _ = self.forward(chunk, z, clean, chunk.last[asked], chunk.tokens.shape[1] == 1)
             logits |= zip([group[i].branch for i in asked], found.float().cpu())
             for s in group:
                 s.branch.settled = s.stop
@@ -269,16 +270,25 @@ class Batching:
     # ---- to the model ----
 
     def chunk(self, spans: Seq[Span]) -> Chunk:
-        return chunk_of(spans, self.lanes, not self.model.config.causal_images, self.device)
+        full = not self.model.config.causal_images
+        return chunk_of(spans, self.lanes, full, self.device, masked=self.trunk is not None)
 
-    def forward(self, chunk: Chunk, z: Tensor, t: Tensor, text_at: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits, predictions) of a chunk, whose keys and values go to the cache; t [I]."""
-        c = chunk
-        return self.model(c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, c.layers)
+    def forward(
+        self, chunk: Chunk, z: Tensor, t: Tensor, text_at: Tensor, again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(logits, predictions) of a chunk, whose keys and values go to the cache; t [I]. `again`: its like will come
+        again, so that a compiled trunk is worth it."""
+        c, trunk = chunk, self.trunk if again and chunk.regular else None
+        # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
+        eager = self.model.compiled and trunk is None
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            return self.model(
+                *(c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, c.layers, trunk)
+            )
 
     def predictions(self, chunk: Chunk, z: Tensor, t: Tensor) -> Tensor:
         """[M, P] float32, of a chunk of images."""
-        return self.forward(chunk, z, t, chunk.last[:0])[1].float()
+        return self.forward(chunk, z, t, chunk.last[:0], True)[1].float()
 
 
 def refuse_nan(x: Tensor):

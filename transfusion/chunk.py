@@ -46,9 +46,15 @@ class Chunk:
     patches: np.ndarray  # [N, P] the clean patches
     last: Tensor  # [b] flat position of each span's last
 
+    @property
+    def regular(self) -> bool:
+        """Whether it is of the kinds that a compiled trunk is for: nearly all are."""
+        return isinstance(self.layers[0].lanes, slice) and self.mask is not None and self.mask.shape[-1] > 1
 
-def chunk_of(spans: Seq[Span], lanes: Lanes, full: bool, device: torch.device) -> Chunk:
-    """The spans as tensors; `full`: patches see their whole image. No position of a sequence of ours is hidden."""
+
+def chunk_of(spans: Seq[Span], lanes: Lanes, full: bool, device: torch.device, masked: bool = False) -> Chunk:
+    """The spans as tensors; `full`: patches see their whole image; `masked`: there is a mask where all is seen too. No
+    position of a sequence of ours is hidden."""
     lane, start, stop = (np.array(x) for x in zip(*((s.branch.lane, s.start, s.stop) for s in spans)))
     b, q, length, row = len(spans), int((stop - start).max()), int(stop.max()), lane[:, None]
     index = start[:, None] + np.arange(q)
@@ -69,7 +75,7 @@ def chunk_of(spans: Seq[Span], lanes: Lanes, full: bool, device: torch.device) -
     arrays = (tokens, place, seen[:, None], slots, np.flatnonzero(image_q != NONE), patch_image, last)
     tokens, place, seen_, slots, patch_at, patch_image, last = (torch.from_numpy(a).to(device) for a in arrays)
     mask = None
-    if not seen.all():
+    if masked or not seen.all():
         mask = torch.zeros(seen_.shape, device=device, dtype=lanes.dtype).masked_fill_(~seen_, -torch.inf)
     layers = lanes.cache.at(lane.tolist(), slots, length)
     return Chunk(tokens, place, mask, layers, patch_at, patch_image, grids, patches, last)

@@ -19,7 +19,7 @@ from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
-from transfusion.generate import Answer
+from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
 from transfusion.plan import plan
 from transfusion.pretrained import load
@@ -68,6 +68,7 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
         p.add_argument("model", metavar="RUN", help=RUN_HELP)
         p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
         p.add_argument("--precision", choices=PRECISIONS, default="", help="of its products; default: the run's own")
+        p.add_argument("--compile", action="store_true", help="minutes in the first answers, faster ones from then on")
 
     def with_sampling(p: argparse.ArgumentParser, *names: str):
         for field in fields(SampleConfig):
@@ -181,22 +182,26 @@ def run_train_codec(args):
     print(f"saved {saved}\ntry:  transfusion eval-codec {run}\n      transfusion train CONFIG data.codec={run}")
 
 
+def engine_of(args) -> Engine:
+    return load(args.model, args.device, args.precision, args.compile)
+
+
 def run_generate(args):
-    images, engine = [open_image(path) for path in args.image], load(args.model, args.device, args.precision)
+    images, engine = [open_image(path) for path in args.image], engine_of(args)
     prompts = [[*images, prompt] for prompt in args.prompts]
     answers = engine.generate(prompts, mode=args.mode, size=args.size, seed=args.seed, **sampling_of(args))
     show(args.prompts, answers, args.out)
 
 
 def run_edit(args):
-    image, engine = open_image(args.image), load(args.model, args.device, args.precision)
+    image, engine = open_image(args.image), engine_of(args)
     drawn = engine.edit([image] * len(args.instructions), args.instructions, seed=args.seed, **sampling_of(args))
     show(args.instructions, [[one] for one in drawn], args.out)
 
 
 def run_inpaint(args):
     image, mask, n = open_image(args.image), open_image(args.mask), len(args.prompts)
-    engine = load(args.model, args.device, args.precision)
+    engine = engine_of(args)
     drawn = engine.inpaint([image] * n, [mask] * n, args.prompts, seed=args.seed, **sampling_of(args))
     show(args.prompts, [[one] for one in drawn], args.out)
 
@@ -216,14 +221,14 @@ def show(prompts: list[str], answers: list[Answer], folder: Path):
 
 def run_caption(args):
     images = [open_image(path) for path in args.images]
-    engine = load(args.model, args.device, args.precision)
+    engine = engine_of(args)
     captions = engine.caption(images, seed=args.seed, **sampling_of(args))
     for path, caption in zip(args.images, captions):
         print(f"{path}: {caption}")
 
 
 def run_eval(args):
-    engine = load(args.model, args.device, args.precision)
+    engine = engine_of(args)
     of_data = [text for text in args.overrides if text.startswith("data.")]
     c = override(engine.config, of_data)
     corpus, _ = build_corpus(

@@ -18,6 +18,7 @@ import torch
 from transfusion.batching import Batching
 from transfusion.codec.codec import Codec
 from transfusion.data.images import to_pixels
+from transfusion.model.compiled import compiled_trunk
 from transfusion.model.precision import at_precision
 from transfusion.model.transformer import Transfusion
 from transfusion.request import MODES, Known, Request, Size
@@ -32,7 +33,14 @@ Answer = list[str | PIL.Image.Image]
 class Engine:
     """Text and images from a trained model, on the model's device. Made by `transfusion.load`."""
 
-    def __init__(self, model: Transfusion, tokenizer: Tokenizer, config: RunConfig, codec: Codec | None = None):
+    def __init__(
+        self,
+        model: Transfusion,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        codec: Codec | None = None,
+        compile: bool = False,
+    ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device = model.norm.weight.device
         bf16 = uses_bf16(config.train.precision, self.device)
@@ -40,6 +48,7 @@ class Engine:
         self.codec = codec or codec_of(config, self.device)
         self.fmt = format_of(config, tokenizer, self.codec)
         self.limit = config.train.seq_len
+        self.trunk = compiled_trunk(self.sampled) if compile else None
 
     # ---- what users call ----
 
@@ -178,7 +187,7 @@ class Engine:
         """Nothing yet; what is submitted to it is carried on together. A server keeps one, and calls its `step`."""
         # keys and values stay float32 on a CPU, whose attention to few queries is slower in bfloat16
         cached = torch.float32 if self.device.type == "cpu" else self.dtype
-        return Batching(self.sampled, self.fmt, self.codec, self.config.diffusion, self.limit, cached)
+        return Batching(self.sampled, self.fmt, self.codec, self.config.diffusion, self.limit, cached, self.trunk)
 
     def request(
         self,

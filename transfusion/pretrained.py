@@ -67,14 +67,15 @@ def find(name: str | Path) -> Trained:
     return Trained(config, checkpoint.best_weights(step), step.resolve().parents[1] / TOKENIZER)
 
 
-def load(name: str | Path, device: str = "auto", precision: str = "") -> Engine:
+def load(name: str | Path, device: str = "auto", precision: str = "", compile: bool = False) -> Engine:
     """The engine of a trained model, on `device` ("auto": cuda, mps or cpu, the first that is there).
 
     `precision` is that of its products, "auto", "bf16" or "fp32"; "" = the run's `train.precision`.
+    `compile`: compile the model's layers, which takes minutes in the first answers and makes later ones faster.
     """
     config, weights, tokenizer = find(name)
     if precision:
         config = replace(config, train=replace(config.train, precision=precision))
     model = build_model(config.model, torch.device(pick_device(device)))
     checkpoint.load_weights(model, weights)
-    return Engine(model, load_tokenizer(str(tokenizer)), config)
+    return Engine(model, load_tokenizer(str(tokenizer)), config, compile=compile)

@@ -8,7 +8,7 @@
 The model is pure: it draws no noise, computes no loss and does not know what a prediction means.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -258,6 +258,7 @@ class Transfusion(nn.Module):
         patch_at: Tensor,  # [N] flat position of each patch
         text_at: Tensor,  # [M] flat positions whose next token is asked for
         cache: list[LayerCache] | None = None,
+        trunk: Callable[..., Tensor] | None = None,  # in place of `self.trunk`
     ) -> tuple[Tensor, Tensor]:
         """(logits [M, V], predictions [N, P])."""
         h, skips = self.tok_embeddings(tokens), None  # [B, L, D]
@@ -266,12 +267,7 @@ class Transfusion(nn.Module):
             grid = place.flatten(0, 1)[patch_at, 2:]
             patches, skips = self.patches.encode(z.to(dtype), t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
-        cos, sin = angles(place, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
-        order = Order(tokens.shape, patch_at if self.config.sorts else None)
-        streams = order.split(h)
-        for i, layer in enumerate(self.layers):
-            streams = layer(streams, order, cos, sin, mask, None if cache is None else cache[i])
-        h = order.join(streams).flatten(0, 1)
+        h = (trunk or self.trunk)(h, place, mask, patch_at, cache).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
         logits = self.output(self.norm(h[text_at], TEXT).to(dtype))
         p = z
@@ -280,6 +276,17 @@ class Transfusion(nn.Module):
         if self.refine is not None and len(z):
             p = p + self.refine(p, t, grids)
         return logits, p
+
+    def trunk(
+        self, h: Tensor, place: Tensor, mask: Mask | None, patch_at: Tensor, cache: list[LayerCache] | None
+    ) -> Tensor:
+        """h [B, L, D] through the layers."""
+        cos, sin = angles(place, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
+        order = Order(h.shape[:2], patch_at if self.config.sorts else None)
+        streams = order.split(h)
+        for i, layer in enumerate(self.layers):
+            streams = layer(streams, order, cos, sin, mask, None if cache is None else cache[i])
+        return order.join(streams)
 
     def init_weights(self):
         """Normal(0, 0.02), the two layers that write to the residual stream scaled down by sqrt(2 n_layers) (GPT-2)."""
