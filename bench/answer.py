@@ -32,19 +32,25 @@ def plain_training(
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def repeat(i: int):
-        rows = content(case, i)
-        with clock("data"):
-            batch = batch_of(rows)
-        with clock("forward"), autocast(case):
-            loss = loss_of(batch)
-        with clock("backward"):
-            loss.backward()
+        parts = in_parts(case, content(case, i))
+        for rows in parts:
+            with clock("data"):
+                batch = batch_of(rows)
+            with clock("forward"), autocast(case):
+                loss = loss_of(batch) / len(parts)  # rows have as many targets each
+            with clock("backward"):
+                loss.backward()
+            assert loss.isfinite()
         with clock("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
-        assert loss.isfinite()
 
     return repeat, facts_of(model, **case.units)
+
+
+def in_parts(case: Case, rows: list[list[Document]]) -> list[list[list[Document]]]:
+    """The rows that go through the model together, of a step."""
+    return [[row] for row in rows] if case.row_by_row else [rows]
 
 
 def autocast(case: Case) -> torch.autocast:

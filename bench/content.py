@@ -40,6 +40,7 @@ class Case:
     guidance: float = 1.0
     new: int = 64  # tokens to write
     # how
+    row_by_row: bool = False  # a training step's gradients are added up from those of its rows
     way: str = ""  # which one of the ways that the answer knows
     precision: str = "bf16"  # or fp32
     threads: int = 1

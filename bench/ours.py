@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from answer import Repeat, facts_of
+from answer import Repeat, facts_of, in_parts
 from clock import Clock, peak_flops
 from content import Case, Document, content, prompts
 from machine import ROOT
@@ -84,11 +84,11 @@ def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
             return losses(*arguments)
 
     def repeat(i: int):
-        rows = content(case, i)
+        parts = in_parts(case, content(case, i))
         with clock("data"):
-            batch = batch_of(case, rows)
+            micro = [batch_of(case, rows) for rows in parts]
         with clock("backward"), patch.object(train, "losses", timed_losses):
-            found = train.gradients(model, [batch], config, i)
+            found = train.gradients(model, micro, config, i)
         with clock("optimizer"):
             for optimizer in optimizers:
                 optimizer.step()

@@ -57,8 +57,10 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
   processor seconds of all threads (cpu s). "wall x" and "cpu x" are how many times as long an arm takes as the first
   one: the median of the ratios of the rounds, for wall seconds with their quartiles.
 - Content is the same for all: random tokens and latents from (case, round). Each writes its own markers, and lays out
-  its rows within the time. Training in bf16 is autocast, the optimizer fused AdamW, for all. Parts: data, forward,
-  backward (ours: with the gradients' norm), optimizer. Positions and images are those of the content.
+  its rows within the time. Training in bf16 is autocast, the optimizer fused AdamW, for all. Ours adds up the gradients
+  of a step row by row, as `train.accumulate` does: losses are sums, so that it is the same step. transfusion-pytorch is
+  measured both ways. Parts: data, forward, backward (ours: with the gradients' norm), optimizer. Positions and images
+  are those of the content.
 - Drawing and writing in bf16: weights in bf16, here with keys and values in float32 on a CPU. transfusion-pytorch
   writes plain text so; it draws and captions under autocast, as its batched sampler fails with such weights. Which
   precision is faster differs, so writing is measured in both, drawing in fp32 for one image; what is to be reached is
@@ -82,6 +84,7 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
 def read(files: Iterable[Path]) -> list[dict]:
     """The lines of results, of each question, case and machine those of the last run."""
     lines = [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
+    lines = [line | {"case": asdict(Case()) | line["case"]} for line in lines]  # fields that came later
     last = {key(line): line["run"] for line in sorted(lines, key=lambda line: line["run"])}
     return [line for line in lines if line["run"] == last[key(line)]]
 

@@ -76,9 +76,9 @@ def with_lucid(answer: str) -> dict[str, Arm]:
     return {"ours": Arm(f"ours.{answer}"), LUCID: Arm(f"peer_lucid.{answer}", PEER)}
 
 
-def as_large(answer: str) -> dict[str, Arm]:
+def as_large(answer: str, **change) -> dict[str, Arm]:
     """Ours with about as many parameters as transfusion-pytorch has in 8 layers of the same width."""
-    return {"ours, 24 layers": Arm(f"ours.{answer}", change={"depth": 24})}
+    return {"ours, 24 layers": Arm(f"ours.{answer}", change={"depth": 24} | change)}
 
 
 def compiled(answer: str) -> dict[str, Arm]:
@@ -90,6 +90,7 @@ def precisions(arms: dict[str, Arm]) -> dict[str, Arm]:
     return arms | {f"{name}, fp32": replace(arm, change=arm.change | FP32) for name, arm in arms.items()}
 
 
+ROW_BY_ROW = {"row_by_row": True}
 LUCID, LLAMA, FP32 = "transfusion-pytorch", "transformers Llama", {"precision": "fp32"}
 OURS = {"ours": Arm("ours.training")}
 BOTH = Case(threads=2)
@@ -110,7 +111,13 @@ AXES = {  # what time and memory are drawn against: (its name, x of a line)
 QUESTIONS = {  # in the order of what matters most
     "training": Question(
         "A training step: text and images, rows of 987 positions of content, 6 images of 64 patches each",
-        with_lucid("training") | as_large("training"),
+        {
+            "ours": Arm("ours.training", change=ROW_BY_ROW),
+            "ours, rows at once": Arm("ours.training"),
+            LUCID: Arm("peer_lucid.training", PEER),
+            f"{LUCID}, row by row": Arm("peer_lucid.training", PEER, ROW_BY_ROW),
+        }
+        | as_large("training", **ROW_BY_ROW),
         sized(BOTH, Case()),
     ),
     "drawing": Question(
@@ -149,6 +156,7 @@ QUESTIONS = {  # in the order of what matters most
         {
             "import torch": Arm("starting.starting", change={"way": "torch"}),
             "import transfusion": Arm("starting.starting", change={"way": "transfusion"}),
+            "from transfusion import load": Arm("starting.starting", change={"way": "load"}),
             "transfusion --help": Arm("starting.starting", change={"way": "help"}),
             "resume to a first step": Arm("starting.starting", change={"way": "resume"}),
             "import transfusion_pytorch": Arm("starting.starting", PEER, {"way": "transfusion_pytorch"}),
@@ -229,16 +237,25 @@ QUESTIONS = {  # in the order of what matters most
     ),
 }
 
-ONE, MANY = {"threads": 2, "batch": 1}, {"threads": 2, "batch": 16}
 BARS = (
-    Bar("training, positions / s", "times", 6, 12, "training", against=LUCID, where={"threads": 2}),
-    Bar("drawing, images / s", "times", 10, 25, "drawing", against=LUCID, where=ONE | {"guidance": 3.0}),
-    Bar("drawing, images / s", "times", 10, 25, "drawing", against=LUCID, where=MANY | {"guidance": 3.0}),
-    Bar("writing, tokens / s", "times", 5, 10, "writing", against=LUCID, where=ONE),
-    Bar("writing, tokens / s", "times", 5, 10, "writing", against=LUCID, where=MANY),
-    Bar("writing, tokens / s", "times", 1.5, 3, "writing", against=LLAMA, where=ONE),
-    Bar("writing, tokens / s", "times", 1.5, 3, "writing", against=LLAMA, where=MANY),
-    Bar("peak memory of a training step", "memory", 1 / 5, 1 / 10, "training", against=LUCID, where={"threads": 2}),
+    *(
+        bar
+        for against in (LUCID, f"{LUCID}, row by row")
+        for bar in (
+            Bar("training, positions / s", "times", 6, 12, "training", "ours", against, {"threads": 2}),
+            Bar("peak memory of a training step", "memory", 1 / 5, 1 / 10, "training", "ours", against, {"threads": 2}),
+        )
+    ),
+    *(
+        Bar(f"{does}{how.removeprefix('ours')}", "times", bar, aim, question, how, against, among)
+        for question, does, against, bar, aim, where in (
+            ("drawing", "drawing, images / s", LUCID, 10, 25, {"guidance": 3.0}),
+            ("writing", "writing, tokens / s", LUCID, 5, 10, {}),
+            ("writing", "writing, tokens / s", LLAMA, 1.5, 3, {}),
+        )
+        for among in ({"threads": 2, "batch": n} | where for n in (1, 16))
+        for how in ("ours", "ours, compiled")
+    ),
     Bar("forward and backward on a CPU", "MFU", 0.30, 0.45, "flops"),
     Bar("a mixed row against one of text: seconds a FLOP", "per FLOP", 1.10, 1.03, "flops", against="ours, text alone"),
     Bar("32 requests", "times", 3, 5, "requests", arm="together", against="one by one"),

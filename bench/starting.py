@@ -2,6 +2,7 @@
 
 torch              `import torch`, which resume and the peers contain
 transfusion        `import transfusion`             help    `transfusion --help`, neither of which needs it
+load               `from transfusion import load`: all that sampling needs, as the peers' imports
 resume             `transfusion train CONFIG --resume`: import, data, checkpoint, until the first step is told
 transfusion_pytorch, transformers                   the peers' imports
 """
@@ -22,6 +23,7 @@ CLI = [sys.executable, "-m", "transfusion.cli"]
 COMMANDS = {
     "torch": [sys.executable, "-c", "import torch"],
     "transfusion": [sys.executable, "-c", "import transfusion"],
+    "load": [sys.executable, "-c", "from transfusion import load"],
     "help": [*CLI, "--help"],
     "transfusion_pytorch": [sys.executable, "-c", "import transfusion_pytorch"],
     "transformers": [sys.executable, "-c", "from transformers import LlamaForCausalLM"],

@@ -123,9 +123,9 @@ def test_a_command_with_a_model_compiles_it_where_that_is_asked_for(trained, tmp
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     assert main([*asked, "--compile"]) == 0
     assert capsys.readouterr().out == plain and len(graphs) == 1
-    with_model = {name for name, c in commands().items() if any(a.dest == "precision" for a in c._actions)}
+    with_model = {name for name, c in parsers().items() if any(a.dest == "precision" for a in c._actions)}
     assert with_model == {"generate", "caption", "edit", "inpaint", "eval"}
-    assert all(any(a.dest == "compile" for a in commands()[name]._actions) for name in with_model)
+    assert all(any(a.dest == "compile" for a in parsers()[name]._actions) for name in with_model)
     torch.compiler.reset()
 
 

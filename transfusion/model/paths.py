@@ -82,6 +82,8 @@ def products(linears: Seq[Linear], x: Tensor, path: int) -> Seq[Tensor]:
     """What each of the matrices makes of the same stream x; one product where they are stacked."""
     stacked = linears[0].stacked
     if stacked is None:
+        if torch.is_autocast_enabled(x.device.type):  # cast once, not for each
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return [w(x, path) for w in linears]
     y = F.linear(x.to(stacked[path].dtype), stacked[path])
     return y.split([len(w.weight) for w in linears], -1)

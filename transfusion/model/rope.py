@@ -41,7 +41,7 @@ class RopeScaling:
 
 
 def angles(place: Tensor, head_dim: int, base: float, scaling: RopeScaling) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [B, 1, L, K] float32, of the rotary coordinates place[..., :2]; the first half of sin is -sin."""
+    """(cos, sin), each [B, 1, L, K] float32, of the rotary coordinates place[..., :2]; sin begins with -sin."""
     pair = torch.arange(head_dim // 2, device=place.device)
     frequency = base ** (-2.0 * pair.float() / head_dim)
     if scaling.factor != 1:
