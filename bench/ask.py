@@ -12,6 +12,7 @@ Lines go to bench/results, those of cases with changed fields to runs/bench.
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,8 +102,11 @@ def summary(replies: list[dict]) -> dict:
     }
 
 
-def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: int, seconds: float) -> Iterator[dict]:
-    """A line of results for each arm; rounds end early, with three at least, so many seconds after the warm-up."""
+def measure(
+    arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: int, seconds: float, end: float = math.inf
+) -> Iterator[dict]:
+    """A line of results for each arm; rounds end early, with three at least, so many seconds after the warm-up, or at
+    the monotonic clock's `end`."""
     workers, hellos, replies, errors = {}, {}, {name: [] for name in arms}, {}
 
     def attempt(name: str, work):
@@ -128,7 +132,7 @@ def measure(arms: dict[str, Arm], pythons: dict[str, str], case: Case, rounds: i
                 if reply and r:
                     replies[name].append(reply)
             if r == 0:  # the warm-up may have compiled for minutes
-                until = time.monotonic() + seconds
+                until = min(time.monotonic() + seconds, end)
             elif r >= 3 and time.monotonic() > until:
                 break
         for name, arm in arms.items():
@@ -193,8 +197,7 @@ def ask(name: str, cases: list[Case], args: argparse.Namespace, about: dict, unt
         if time.monotonic() > until:
             print(f"{name}: not measured, the time is over: {len(cases) - i} of {len(cases)} cases", file=sys.stderr)
             return
-        seconds = min(until - time.monotonic(), 60 * args.case_minutes)
-        for line in measure(arms, pythons, case, args.repeat, seconds):
+        for line in measure(arms, pythons, case, args.repeat, 60 * args.case_minutes, until):
             with out.open("a") as file:
                 file.write(json.dumps({"question": name, **line, **about}) + "\n")
             says = line.get("error") or f"{line['wall']['median']:.4g} s, processor {line['cpu']['median']:.4g} s"

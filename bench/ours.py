@@ -60,13 +60,13 @@ def segments(document: Document, fmt: Format, closed: bool = True) -> list[Segme
 
 
 def batch_of(case: Case, rows: list[list[Document]]) -> Batch:
-    """The rows as a batch; compiled blocks get whole tiles."""
+    """The rows as a batch; FlexAttention gets whole tiles."""
     fmt = format_of(case)
     laid = [[lay_out(segments(document, fmt), fmt) for document in row] for row in rows]
     longest = max(sum(map(len, row)) for row in laid)
     if longest > (case.seq_len or longest):
         raise ValueError(f"a row takes {longest} positions, more than seq_len = {case.seq_len}: raise it")
-    tile = BLOCK if case.compile else 1
+    tile = BLOCK if case.compile and case.device == "cuda" else 1
     return collate(laid, case.seq_len or -(-longest // tile) * tile, fmt)
 
 

@@ -35,7 +35,7 @@ python bench/ask.py gpu gpu-drawing --minutes 7 --out bench/results/GPU.jsonl   
 python bench/page.py
 ```
 
-The first takes more than an hour on 2 idle cores (`training` 10 minutes of it), the second is to end within 8 minutes:
+The first takes more than an hour on 2 idle cores the second is to end within 8 minutes:
 no case begins after seven. `--commit` names the code's commit where it
 came without `.git`.
 
@@ -55,12 +55,13 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
 - Each arm answers in a process of its own, which stays; repetitions alternate, and round r begins with arm r. The
   first round is warm-up. A figure is the median of its n rounds, with its quartiles, in wall seconds (s) and in
   processor seconds of all threads (cpu s). "wall x" and "cpu x" are how many times as long an arm takes as the first
-  one: the median of the ratios of the rounds, for wall seconds with their quartiles.
+  one: the median of the ratios of the rounds, for wall seconds with their quartiles. "compiled" is by torch.compile,
+  which takes half a minute to a minute in the warm-up; the peers run as they come.
 - Content is the same for all: random tokens and latents from (case, round). Each writes its own markers, and lays out
-  its rows within the time. Training in bf16 is autocast, the optimizer fused AdamW, for all. Ours adds up the gradients
-  of a step row by row, as `train.accumulate` does: losses are sums, so that it is the same step. transfusion-pytorch is
-  measured both ways. Parts: data, forward, backward (ours: with the gradients' norm), optimizer. Positions and images
-  are those of the content.
+  its rows within the time. Training in bf16 is autocast, the optimizer fused AdamW, for all. In the first question ours
+  adds up a step's gradients row by row, as by `train.accumulate`, but for the arm that says otherwise: losses are sums,
+  so it is the same step. transfusion-pytorch is measured both ways. Parts: data, forward, backward (ours: with the
+  gradients' norm), optimizer. Positions and images are those of the content.
 - Drawing and writing in bf16: weights in bf16, here with keys and values in float32 on a CPU. transfusion-pytorch
   writes plain text so; it draws and captions under autocast, as its batched sampler fails with such weights. Which
   precision is faster differs, so writing is measured in both, drawing in fp32 for one image; what is to be reached is
@@ -87,6 +88,12 @@ def read(files: Iterable[Path]) -> list[dict]:
     lines = [line | {"case": asdict(Case()) | line["case"]} for line in lines]  # fields that came later
     last = {key(line): line["run"] for line in sorted(lines, key=lambda line: line["run"])}
     return [line for line in lines if line["run"] == last[key(line)]]
+
+
+def is_asked(line: dict) -> bool:
+    """Whether its question has this arm today, and as it was measured."""
+    arm = QUESTIONS[line["question"]].arms.get(line["arm"])
+    return arm is not None and [arm.answer, arm.change] == [line["answer"], line["change"]]
 
 
 def key(line: dict) -> str:
@@ -117,6 +124,11 @@ def ratio(line: dict, other: dict, clock: str = "wall") -> dict[str, float]:
     if line["case"] != other["case"]:
         return spread([line[clock]["median"] / other[clock]["median"]])
     return spread([a / b for a, b in zip(line["rounds"][clock], other["rounds"][clock])])
+
+
+def flops_to(line: dict, other: dict) -> float:
+    """How many times as many FLOPs a line takes as another."""
+    return line["facts"]["flops"] / other["facts"]["flops"]
 
 
 def mfu(line: dict) -> float:
@@ -199,7 +211,7 @@ MEASURES = {  # of a line and the one that it is against -> (figure, how it is w
     "times": (lambda line, other: ratio(other, line)["median"], "{:.3g}x", True),
     "memory": (lambda line, other: line["memory"]["peak"] / other["memory"]["peak"], "{:.2f}", False),
     "MFU": (lambda line, _: mfu(line), "{:.0%}", True),
-    "per FLOP": (lambda line, other: mfu(other) / mfu(line), "{:.2f}", False),
+    "per FLOP": (lambda line, other: ratio(line, other)["median"] / flops_to(line, other), "{:.2f}", False),
     "seconds": (lambda line, _: line["wall"]["median"], "{:.2g} s", False),
 }
 
@@ -309,13 +321,14 @@ def roofline(lines: list[dict]) -> Iterator[str]:
 
 def page(lines: list[dict]) -> str:
     """The whole page as Markdown."""
+    lines = [line for line in lines if is_asked(line)]
     out, best = [HEAD.format(cpu=wrapped(name for name in QUESTIONS if "gpu" not in name), peer=MAKE_PEER)], {}
     for line in lines:
         if "error" not in line:
             best[threads_of(line)] = max(line["calibration"], best.get(threads_of(line), 0.0))
     out += ["## What is to be reached", "", *bars(lines), ""]
     for name, question in QUESTIONS.items():
-        of_question = [line for line in lines if line["question"] == name and line["arm"] in question.arms]
+        of_question = [line for line in lines if line["question"] == name]
         out += [f"## {question.says}", ""]
         if not of_question:
             out += [f"Not measured yet: `python bench/ask.py {name}`.", ""]

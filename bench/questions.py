@@ -261,6 +261,7 @@ BARS = (
     Bar("32 requests", "times", 3, 5, "requests", arm="together", against="one by one"),
     Bar("resume", "seconds", 5, 5, "starting", arm="resume to a first step"),
     Bar("import transfusion", "seconds", 1.5, 1.5, "starting", arm="import transfusion"),
+    Bar("from transfusion import load", "seconds", 1.5, 1.5, "starting", arm="from transfusion import load"),
     Bar("transfusion --help", "seconds", 0.3, 0.3, "starting", arm="transfusion --help"),
     Bar("training on a GPU", "MFU", 0.40, 0.50, "gpu", where={"images": 1}),
 )

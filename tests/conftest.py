@@ -1,6 +1,7 @@
 """One thread for all tests, no deadline for hypothesis (nothing is timed), and `gpu` tests only where CUDA is."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,21 @@ def own_cache(tmp_path_factory):
     """Nothing is read from or left in the user's cache, but for what was fetched into it by hand."""
     if "TRANSFUSION_CACHE" not in os.environ:
         os.environ["TRANSFUSION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """Those that are compiled from here on, by a compiler that runs them as they are."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    yield found
+    torch.compiler.reset()
 
 
 def pytest_collection_modifyitems(items):

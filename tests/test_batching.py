@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from test_generate import FIRST, OPTIONS, SAMPLE, Engine, alike, code_engine, engine_of, picture, rig, spy_on_writes
 
 from transfusion.batching import Batching
+from transfusion.diffusion.schedule import timesteps
 from transfusion.request import Request
 from transfusion.sequence import Codes
 
@@ -228,6 +230,28 @@ def test_what_writes_and_what_draws_is_read_from_the_cache_without_a_copy():
         batching.step()
     assert len(read) == 1 + 1 + 7, "prompts, the plan of two images, then tokens beside them"
     assert all(isinstance(lanes, slice) for lanes in read[1:]) and read[1].stop == 4 and read[2] == slice(4, 6)
+
+
+@pytest.mark.parametrize("solver, ends", [("euler", 1), ("heun", 2)])
+def test_outside_of_its_interval_guidance_is_not_computed(solver, ends):
+    engine, lanes = engine_of(), []
+    batching, (low, high) = engine.batching(), (0.3, 0.6)
+    forward = batching.forward
+
+    def spying(chunk, *arguments, **options):
+        lanes.append((len(chunk.tokens), isinstance(chunk.layers[0].lanes, slice)))
+        return forward(chunk, *arguments, **options)
+
+    batching.forward = spying
+    sampling = replace(engine.config.sample, steps=10, solver=solver, guidance=2.5, guidance_interval=(low, high))
+    for i in range(2):
+        batching.submit(engine.request(engine.open("abc"), "draw", i, sampling))
+    while batching.step() == []:
+        pass
+    times = timesteps(10).tolist()
+    guided = [any(low <= t <= high for t in pair) for pair in pairwise(times)]
+    assert 0 < sum(guided) < 10
+    assert lanes[1:] == [(4 if inside else 2, True) for inside in guided for _ in range(ends)]
 
 
 def test_half_precision_draws_and_writes_what_full_precision_does_within_its_rounding():

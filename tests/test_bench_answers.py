@@ -5,16 +5,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import attend
 import loading
+import numpy as np
 import operators
 import ours
 import pytest
 import starting
 import torch
+from answer import plain_training
 from clock import Clock
 from content import Case, content
 from machine import FLAGS, hardware, versions
@@ -41,21 +42,46 @@ def once(answer, case: Case) -> tuple[dict, dict]:
     return clock.take(), {name: fact() if callable(fact) else fact for name, fact in facts.items()}
 
 
-def test_a_training_repetition_is_a_step_of_train(monkeypatch):
-    built, losses = [], train.losses
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_a_training_repetition_is_a_step_of_train(row_by_row, monkeypatch):
+    built, losses, case = [], train.losses, replace(TINY, row_by_row=row_by_row)
     monkeypatch.setattr(ours, "build_model", lambda *a: built.append(build_model(*a)) or built[-1])
-    parts, facts = once(ours.training, TINY)
+    parts, facts = once(ours.training, case)
     assert list(parts) == ["data", "backward", "forward", "optimizer"] and train.losses is losses
     assert facts["units"] == {"positions": 2 * (21 + 2 * 4), "images": 4}
     config = ours.config_of(TINY)
     torch.manual_seed(0)
     model = build_model(config.model)
     optimizers = ours.build_optimizers(model, config.optim)
-    train.gradients(model, [ours.batch_of(TINY, content(TINY, 1))], config, 1)
+    rows = content(TINY, 1)
+    micro = [ours.batch_of(TINY, [row]) for row in rows] if row_by_row else [ours.batch_of(TINY, rows)]
+    assert len(micro) == (2 if row_by_row else 1)
+    train.gradients(model, micro, config, 1)
     for optimizer in optimizers:
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), model.parameters(), strict=True))
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_peers_step_row_by_row_is_its_step_on_all_rows():
+    trained = []
+    for row_by_row in (False, True):
+        torch.manual_seed(0)
+        case, model, sizes = replace(TEXT, row_by_row=row_by_row), torch.nn.Embedding(TEXT.vocab, 3), []
+
+        def batch_of(rows, sizes=sizes):
+            sizes.append(len(rows))
+            return torch.from_numpy(np.stack([row[0][0] for row in rows]))
+
+        def loss_of(ids, model=model):
+            return model(ids).exp().mean()
+
+        repeat, _ = plain_training(case, Clock(), model, batch_of, loss_of)
+        for i in range(3):
+            repeat(i)
+        assert sizes == [1] * 6 if row_by_row else [2] * 3
+        trained.append(model.weight)
+    torch.testing.assert_close(*trained)
 
 
 @pytest.mark.parametrize("fields", [{}, {"images": 0}, {"documents": 4, "side": 4}, {"patch_size": 2, "vocab": 999}])
@@ -116,18 +142,10 @@ def test_drawing_answers_with_an_image_a_prompt(precision, guidance):
 
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
 @pytest.mark.parametrize("name", ["drawing", "writing"])
-def test_an_arm_that_is_compiled_samples_by_compiled_graphs(name, monkeypatch):
-    arm, graphs = QUESTIONS[name].arms["ours, compiled"], []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+def test_an_arm_that_is_compiled_samples_by_compiled_graphs(name, graphs):
+    arm = QUESTIONS[name].arms["ours, compiled"]
     once(getattr(ours, name), replace(TINY, **arm.change))
     assert arm.answer == f"ours.{name}" and len(graphs) == 1
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("image", [False, True])

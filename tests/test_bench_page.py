@@ -18,7 +18,8 @@ def line(question: str, arm: str, seconds: float, case: Case | None = None, **fi
         "question": question,
         "arm": arm,
         "case": json.loads(json.dumps(asdict(case))),
-        "change": {},
+        "answer": QUESTIONS[question].arms[arm].answer if arm in QUESTIONS[question].arms else "",
+        "change": QUESTIONS[question].arms[arm].change if arm in QUESTIONS[question].arms else {},
         "versions": {"torch": "2.13.0"},
         "device": "cpu",
         "n": 3,
@@ -162,7 +163,7 @@ def test_what_failed_and_what_is_missing_stands_on_the_page():
     bad = {
         k: v
         for k, v in line("text", "ours", 1.0).items()
-        if k in ("question", "arm", "case", "change", "device", "hardware")
+        if k in ("question", "arm", "answer", "case", "change", "device", "hardware")
     }
     bad |= {"error": "exit status 1: no | memory", "commit": "abc1234", "run": "2026-11-23T10:00:00", "load": 0.1}
     text = page.page([bad])

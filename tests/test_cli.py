@@ -7,13 +7,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_run import write_documents, write_tiny
 
@@ -110,23 +108,30 @@ def test_sampling_options_and_the_seed_decide_what_is_drawn(trained, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
-def test_a_command_with_a_model_compiles_it_where_that_is_asked_for(trained, tmp_path, monkeypatch, capsys):
+def test_a_model_is_compiled_where_that_is_asked_for(trained, tmp_path, graphs, capsys):
     asked = ["generate", str(trained), "blue bar", "--mode", "text", "--temperature", "0", "--out", str(tmp_path)]
     assert main(asked) == 0
-    plain, graphs = capsys.readouterr().out, []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    plain = capsys.readouterr().out
+    assert not graphs
     assert main([*asked, "--compile"]) == 0
     assert capsys.readouterr().out == plain and len(graphs) == 1
-    with_model = {name for name, c in parsers().items() if any(a.dest == "precision" for a in c._actions)}
-    assert with_model == {"generate", "caption", "edit", "inpaint", "eval"}
-    assert all(any(a.dest == "compile" for a in parsers()[name]._actions) for name in with_model)
-    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("command", ["generate", "caption", "edit", "inpaint", "eval"])
+def test_every_command_with_a_model_hands_on_how_it_is_to_run(command, tmp_path, monkeypatch):
+    asked, file = [], str(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(file)
+
+    def load(*arguments):
+        asked.append(arguments)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(commands, "load", load)
+    given = {"generate": ["x"], "caption": [file], "edit": [file, "x"], "inpaint": [file, file, "x"], "eval": []}
+    for options in ([], ["--compile"]):
+        assert main([command, "run", *given[command], "--precision", "fp32", "--device", "cpu", *options]) == 2
+    assert asked == [("run", "cpu", "fp32", False), ("run", "cpu", "fp32", True)]
+    assert set(given) == {name for name, c in parsers().items() if any(a.dest == "compile" for a in c._actions)}
 
 
 def test_mode_text_writes_text_and_no_file(trained, tmp_path, capsys):

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_rows import FORMATS, document, formats, parts, seeds
-from test_transformer import random_model
+from test_transformer import options, outputs, random_model, row
 
 from transfusion.lanes import Lanes
 from transfusion.model.cache import Cache
+from transfusion.model.paths import Linear, is_adapter
 from transfusion.model.precision import at_precision
 from transfusion.sequence import NONE, lay_out
 
@@ -99,6 +100,24 @@ def test_neighbouring_lanes_are_read_where_they_are_and_others_as_a_copy_of_the_
         assert (k.untyped_storage().data_ptr() != cache.k[0].untyped_storage().data_ptr()) == copied
         assert torch.equal(k, cache.k[0][lanes, :, :6]) and torch.equal(v, cache.v[0][lanes, :, :6])
         assert torch.equal(k[0, :, 1:4], new[0]) and torch.equal(v[1, :, 4:6], -new[1, :, :2])
+
+
+@options
+@torch.no_grad()
+def test_the_stacked_matrices_of_a_model_in_half_precision_answer_as_each_by_itself(options):
+    model = random_model(**options)
+    half = at_precision(model, torch.bfloat16)
+    stacked = [m for m in half.modules() if isinstance(m, Linear) and m.stacked is not None]
+    parts = [(layer.attention, layer.feed_forward) for layer in model.layers]
+    groups = [group for a, f in parts for group in ((a.wq, a.wk, a.wv), (f.w1, f.w3))]
+    adapted = [any(is_adapter(name) for w in group for name, _ in w.named_parameters()) for group in groups]
+    assert len(stacked) == adapted.count(False)
+    b, z, t = row(options)
+    found = outputs(half, b, z, t)
+    for linear in stacked:
+        linear.stacked = None
+    for together, alone in zip(found, outputs(half, b, z, t)):
+        assert (together - alone).abs().max() <= 1e-2 * alone.abs().max()
 
 
 def test_a_model_in_half_precision_has_matrices_of_its_own_and_shares_norms_and_embeddings():

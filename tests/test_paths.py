@@ -187,8 +187,15 @@ def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(option
     ):
         length = row(options, documents, 0)[0].tokens.shape[1]
         b, z, t = row(options, documents, padding=24 - length)  # rows of a run are of one length
-        for a, c in zip(outputs(plain, b, z, t), outputs(compiled, b, z, t)):
+        found = [outputs(model, b, z, t) for model in (plain, compiled)]
+        for a, c in zip(*found):
             torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+        gradients = [
+            torch.autograd.grad(sum(x.square().sum() for x in of_model), list(model.layers.parameters()))
+            for of_model, model in zip(found, (plain, compiled))
+        ]
+        for a, c in zip(*gradients):
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4 * a.abs().max().item())
         if documents == [[1, (3, 4), 1]]:
             before = len(compilations)
     assert 0 < len(compilations) == before

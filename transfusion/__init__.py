@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = ["load"]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a type checker that saw `__getattr__` would take every name for one of the package's
     from transfusion.pretrained import load
 else:
 

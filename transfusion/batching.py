@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
+from itertools import pairwise
 from traceback import clear_frames
 
 import numpy as np
@@ -91,7 +92,8 @@ class Batching:
         """The requests that came to their ends by one step more for everyone.
 
         Where one cannot go on, its end has an `error`, and the others go on; where a step fails that they share, it is
-        the end of all that are under way, and the next ones take their turn. Not to be called from two threads at once.
+        the end of all that are under way, and the next ones take their turn. Not to be called from two threads at once,
+        not even of two engines where one's blocks were compiled for training: torch's stance is the whole process's.
         """
         self.ended = []
         try:
@@ -212,6 +214,9 @@ class Batching:
             # where nothing bounds x, a little later than at pure noise
             times = timesteps(r.sampling.steps, r.sampling.t_shift).clamp(max=1.0 if self.codec.limit else START)
             r.noise, r.times, r.step = noise.to(self.device), times.to(self.device), 0
+            low, high = r.sampling.guidance_interval
+            inside = ((low <= times) & (times <= high)).tolist()
+            r.guided = [a or b for a, b in pairwise(inside)]  # heun asks at both ends of a step
             r.z = r.noise
         self.lanes.append(r.main, [canvas])
         others, r.weights = self.prefixes(r)
@@ -240,11 +245,15 @@ class Batching:
         groups = [[r for r in drawing if r.sampling.solver == name] for name in solvers]
         rest = [r for r in self.running if not r.ready]
         if self.running:
-            self.lanes.arrange([[b for r in group for b in r.branches()] for group in [*groups, rest]])
+            # the conditional branches side by side too: outside of guidance's interval they go alone
+            parts = [
+                part for group in groups for part in ([r.main for r in group], [b for r in group for b in r.guiding])
+            ]
+            self.lanes.arrange([*parts, [b for r in rest for b in r.branches()]])
         plans, self.plans = self.plans, {}
         for group in groups:
             group.sort(key=lambda r: r.main.lane)
-            # a plan serves as long as the same requests draw in the same lanes
+            # a plan serves as long as the same requests draw in the same lanes, guided or not
             rows = canvases(group)
             key = (self.lanes.cache, *group, *(c.span.branch.lane for c in rows))
             plan = plans.get(key) or plan_of(group, rows, self.chunk([c.span for c in rows]))
@@ -282,13 +291,12 @@ class Batching:
         # chunks come in many shapes, and blocks compiled for training would compile anew for each of them
         eager = self.model.compiled and trunk is None
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            return self.model(
-                *(c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, c.layers, trunk)
-            )
+            of_chunk = (c.tokens, c.place, c.mask, z, t, c.patch_image, c.grids, c.patch_at, text_at, c.layers)
+            return self.model(*of_chunk, trunk)
 
     def predictions(self, chunk: Chunk, z: Tensor, t: Tensor) -> Tensor:
         """[M, P] float32, of a chunk of images."""
-        return self.forward(chunk, z, t, chunk.last[:0], True)[1].float()
+        return self.forward(chunk, z, t, chunk.last[:0], again=True)[1].float()
 
 
 def refuse_nan(x: Tensor):

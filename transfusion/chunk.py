@@ -48,8 +48,9 @@ class Chunk:
 
     @property
     def regular(self) -> bool:
-        """Whether it is of the kinds that a compiled trunk is for: nearly all are."""
-        return isinstance(self.layers[0].lanes, slice) and self.mask is not None and self.mask.shape[-1] > 1
+        """Whether it is of the kinds that a compiled trunk is for: nearly all are. Others would take graphs of their
+        own: lanes apart, which are gathered, and a single slot."""
+        return isinstance(self.layers[0].lanes, slice) and self.layers[0].length > 1
 
 
 def chunk_of(spans: Seq[Span], lanes: Lanes, full: bool, device: torch.device, masked: bool = False) -> Chunk:

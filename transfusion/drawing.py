@@ -47,8 +47,8 @@ class Canvas(NamedTuple):
 
 
 def canvases(requests: Seq[Request]) -> list[Canvas]:
-    """The images that the requests draw, in all their branches, in the order of the lanes."""
-    rows = [(i, j, b) for i, r in enumerate(requests) for j, b in enumerate(r.branches())]
+    """The images that the requests draw, in all branches that count at their steps, in the order of the lanes."""
+    rows = [(i, j, b) for i, r in enumerate(requests) for j, b in enumerate(r.branches()) if j == 0 or r.guided[r.step]]
     first = [requests[i].final(b) for i, _, b in rows]
     found = [Canvas(Span(b, at, at + len(requests[i].z)), i, j) for at, (i, j, b) in zip(first, rows)]
     return sorted(found, key=lambda c: c.span.branch.lane)

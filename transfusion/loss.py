@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, network_input, sample_t, target
 from transfusion.diffusion.schedule import SCHEDULES
+from transfusion.model.head import linear_cross_entropy
 from transfusion.model.transformer import Transfusion, row_mask
 from transfusion.sequence import Batch
 
@@ -76,7 +76,11 @@ def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: Diffusi
 def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig, z_loss: float = 0.0) -> Losses:
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
     z = noised(batch, noise, config)
-    logits, prediction = model(
+
+    def head(h: Tensor) -> Tensor:
+        return linear_cross_entropy(h, model.output.weight, batch.target, z_loss)
+
+    lm, prediction = model(
         batch.tokens,
         batch.place,
         row_mask(batch, model),
@@ -86,8 +90,6 @@ def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConf
         batch.grids,
         batch.patch_at,
         batch.text_at,
+        head=head,
     )
-    lm = F.cross_entropy(logits.float(), batch.target, reduction="sum")
-    if z_loss:  # log^2 Z keeps the logits from drifting (PaLM, 2204.02311, section 5)
-        lm = lm + z_loss * logits.float().logsumexp(-1).square().sum()
     return Losses(lm, image_errors(prediction, batch, noise, config).sum())

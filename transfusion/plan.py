@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion.codec.codec import patch_grid
 from transfusion.data.documents import has_copies
 from transfusion.model.fold import Grids
+from transfusion.model.head import LOGITS
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
 from transfusion.optim import freeze, trained
@@ -129,7 +130,8 @@ def count_6nd(config: RunConfig) -> float:
 
 
 def estimate_memory(config: RunConfig) -> dict[str, float]:
-    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast; the logits.
+    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast. Logits: those
+    held at once, and what they give the head's matrix.
 
     On a CPU in bf16 attention's scores come on top: 2 bytes for each pair of a document's positions, head and layer.
     """
@@ -138,10 +140,10 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     freeze(model, config.optim.freeze)
     weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
     positions = c.rows * c.seq_len / c.accumulate
-    # Bytes a position. float32: the residual stream and its norm, twice; bf16: each matrix's input, q, k, v, the heads'
+    # Bytes a position. float32: the residual stream and its norm, twice; bf16: that norm's, q, k, v, the heads'
     # result, and w1 x, its silu, w3 x and their product.
     q_dim, kv_dim = m.n_heads * m.head_dim, m.kv_heads * m.head_dim
-    layer = 28 * m.dim + 4 * (q_dim + kv_dim) + 8 * m.hidden_dim + (8 * (q_dim + kv_dim) if m.qk_norm else 0)
+    layer = 22 * m.dim + 4 * (q_dim + kv_dim) + 8 * m.hidden_dim + (8 * (q_dim + kv_dim) if m.qk_norm else 0)
     _, kept = patch_layers(m, (grid_of(config),)) if m.patches != "codes" else ({}, 0)  # of an image, here in bf16
     return {
         "weights": weights,
@@ -149,7 +151,7 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
         "optimizer": 2 * train,
         "average": train if config.optim.ema else 0.0,
         "activations (about)": positions * m.n_layers * layer + 2.0 * kept * count_encoded(config) / c.accumulate,
-        "logits (at most)": positions * m.vocab_size * 10.0,
+        "logits (at most)": 10.0 * min(positions * m.vocab_size, LOGITS) + 4.0 * m.vocab_size * m.dim,
     }
 
 

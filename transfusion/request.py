@@ -49,6 +49,7 @@ class Request:
     z: Tensor | None = None  # [N, P] patches on the way from noise to image; None = it writes
     noise: Tensor | None = None  # [N, P] what z began as
     times: Tensor | None = None  # [steps + 1] of the solver
+    guided: list[bool] = field(default_factory=list)  # of each of its steps, whether guidance can count in it
     step: int = 0  # of the solver
     written: int = 0  # tokens
     drawn: int = 0  # images

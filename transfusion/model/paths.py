@@ -6,7 +6,8 @@
 
 Which path a position takes is known from the layout alone, so nothing is routed by a learned gate. The trunk carries
 two streams instead of one, a matrix each, and joins them into rows for attention, where text and patches see each
-other. A weight without a twin of its own name with `image_` before it serves both paths.
+other. A weight without a twin of its own name with `image_` before it serves both paths. Matrices that read the same
+stream, as wq, wk and wv, are asked together (`products`).
 """
 
 import re
@@ -60,7 +61,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = parameter(n_out, n_in)
         self.image_weight = parameter(n_out, n_in) if separate else None
-        self.stacked: tuple[Tensor, Tensor] | None = None  # of each path: these rows, then those of others (`stack`)
+        self.stacked: tuple[Tensor, Tensor] | None = None  # of each path: W, then others' (`stack`)
         self.scale = lora.alpha / lora.r if lora else 0.0
         for path, prefix in zip(PATHS, ("", "image_")):
             adapted = lora is not None and path in lora.paths
@@ -79,7 +80,7 @@ class Linear(nn.Module):
 
 
 def products(linears: Seq[Linear], x: Tensor, path: int) -> Seq[Tensor]:
-    """What each of the matrices makes of the same stream x; one product where they are stacked."""
+    """[..., n_out] by each of the matrices of the same stream x [..., n_in]; one product where they are stacked."""
     stacked = linears[0].stacked
     if stacked is None:
         if torch.is_autocast_enabled(x.device.type):  # cast once, not for each

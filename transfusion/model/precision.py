@@ -1,5 +1,5 @@
 """A model to sample from in half precision: its matrices are converted once, not cast in every call, and those that
-read the same stream are stacked.
+read the same stream are stacked. It is for sampling where it is: what copies or moves it leaves the stacks behind.
 
 bfloat16   every matrix and kernel: trunk, head, patch layers
 float32    embeddings, norms, the residual stream between the layers, rotary angles: what is added up over the depth
@@ -26,6 +26,8 @@ def at_precision(model: Transfusion, dtype: torch.dtype) -> Transfusion:
         known |= {id(p): Parameter(p.to(dtype), p.requires_grad) for p in module.parameters()}
         known |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
     model = deepcopy(model, known)
+    known.clear()  # or each matrix is kept beside the stack that it goes into
+    model.compiled = False  # a copy's blocks are plain ones
     for layer in model.layers:
         a, f = layer.attention, layer.feed_forward
         stack((a.wq, a.wk, a.wv))

@@ -155,7 +155,7 @@ class Attention(nn.Module):
         separate = "attention" in config.separate
         self.q_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.norm_eps, separate) if config.qk_norm else None
-        self.varlen_attention = varlen_attention
+        self.varlen_attention = varlen_attention  # kept out of graphs where the block is compiled
 
     def heads(self, x: Tensor, path: int) -> list[Tensor]:
         """q, k, v [..., H, K] of a stream [..., D]."""
@@ -259,8 +259,9 @@ class Transfusion(nn.Module):
         text_at: Tensor,  # [M] flat positions whose next token is asked for
         cache: list[LayerCache] | None = None,
         trunk: Callable[..., Tensor] | None = None,  # in place of `self.trunk`
+        head: Callable[[Tensor], Tensor] | None = None,  # in place of `self.output`, of states [M, D]
     ) -> tuple[Tensor, Tensor]:
-        """(logits [M, V], predictions [N, P])."""
+        """(logits [M, V] or what `head` makes of the states instead, predictions [N, P])."""
         h, skips = self.tok_embeddings(tokens), None  # [B, L, D]
         dtype = self.output.weight.dtype  # bfloat16 in an engine (precision.py); in training autocast chooses
         if len(z):
@@ -269,7 +270,7 @@ class Transfusion(nn.Module):
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
         h = (trunk or self.trunk)(h, place, mask, patch_at, cache).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
-        logits = self.output(self.norm(h[text_at], TEXT).to(dtype))
+        logits = (head or self.output)(self.norm(h[text_at], TEXT).to(dtype))
         p = z
         if self.patches is not None:
             p = self.patches.decode(self.norm(h[patch_at], IMAGE).to(dtype), skips, t, grids)
@@ -280,7 +281,7 @@ class Transfusion(nn.Module):
     def trunk(
         self, h: Tensor, place: Tensor, mask: Mask | None, patch_at: Tensor, cache: list[LayerCache] | None
     ) -> Tensor:
-        """h [B, L, D] through the layers."""
+        """h [B, L, D] through the layers; place [B, L, 4], patch_at [N]."""
         cos, sin = angles(place, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
         order = Order(h.shape[:2], patch_at if self.config.sorts else None)
         streams = order.split(h)
@@ -351,7 +352,7 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
 def row_mask(batch: Batch, model: Transfusion) -> Mask:
     """The mask of a batch: documents apart on a CPU, FlexAttention's tiles for compiled blocks on CUDA, else dense."""
     on = batch.tokens.device.type
-    build = varlen_mask if on == "cpu" else masks.dense_mask  # Flex would write out all scores: ten times slower
+    build = varlen_mask if on == "cpu" else masks.dense_mask
     if on == "cuda" and model.compiled:
-        build = masks.block_mask
+        build = masks.block_mask  # only there: uncompiled, Flex would write out all scores, ten times slower
     return build(batch.document, batch.image, batch.hidden, not model.config.causal_images)

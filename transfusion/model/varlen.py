@@ -33,7 +33,7 @@ class VarlenMask:
     at: Tensor  # [T] the inverse: flat position of each place, B * L where it fills up
     groups: list[tuple[int, int]]  # (documents, positions of each) of the groups; T is the sum of their products
     allowed: list[Tensor]  # of each group, bool [D, 1, n, n] ...
-    bias: list[Tensor]  # ... and bf16 [D, 1, n, n], 0 where allowed, -inf where not
+    bias: list[Tensor | None]  # ... and bf16 [D, 1, n, n], 0 where allowed, -inf where not, of what is written out
 
 
 def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True) -> VarlenMask:
@@ -71,7 +71,10 @@ def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tr
         at.append(here.flatten())
     at = torch.cat(at)
     place = at.new_full((S + 1,), len(at)).index_copy(0, at, torch.arange(len(at), device=at.device))[:S]
-    bias = [torch.zeros_like(m, dtype=torch.bfloat16).masked_fill_(~m, -torch.inf) for m in masks]
+    bias = [
+        torch.zeros_like(m, dtype=torch.bfloat16).masked_fill_(~m, -torch.inf) if n <= WRITTEN_OUT else None
+        for m, (_, n) in zip(masks, groups)
+    ]
     return VarlenMask(place, at, groups, masks, bias)
 
 
@@ -94,7 +97,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tenso
     return rows.unflatten(0, (B, L)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None) -> Tensor:
     """Attention [D, H, n, K] within the documents of a group."""
     n, K = q.shape[-2:]
     if q.dtype != torch.bfloat16 or n > WRITTEN_OUT:
