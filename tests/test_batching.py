@@ -235,7 +235,7 @@ def test_what_writes_and_what_draws_is_read_from_the_cache_without_a_copy():
 @pytest.mark.parametrize("solver, ends", [("euler", 1), ("heun", 2)])
 def test_outside_of_its_interval_guidance_is_not_computed(solver, ends):
     engine, lanes = engine_of(), []
-    batching, (low, high) = engine.batching(), (0.3, 0.6)
+    batching, (low, high) = engine.batching(), (0.35, 0.55)
     forward = batching.forward
 
     def spying(chunk, *arguments, **options):

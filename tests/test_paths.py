@@ -11,7 +11,7 @@ from test_transformer import OPTIONS, outputs, random_model, row
 from transfusion.model.lora import LoraConfig
 from transfusion.model.mask import dense_mask
 from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, products, stack, text_twin
-from transfusion.model.transformer import SEPARABLE, Block, build_model
+from transfusion.model.transformer import SEPARABLE, Block, build_model, row_mask
 from transfusion.sequence import NONE
 
 SORTED = {name: o for name, o in OPTIONS.items() if "separate" in o or "lora" in o}
@@ -187,7 +187,8 @@ def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(option
     ):
         length = row(options, documents, 0)[0].tokens.shape[1]
         b, z, t = row(options, documents, padding=24 - length)  # rows of a run are of one length
-        found = [outputs(model, b, z, t) for model in (plain, compiled)]
+        given = (z, t, b.patch_image, b.grids, b.patch_at, b.text_at)
+        found = [model(b.tokens, b.place, row_mask(b, model), *given) for model in (plain, compiled)]
         for a, c in zip(*found):
             torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
         gradients = [

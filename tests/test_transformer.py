@@ -125,7 +125,7 @@ def outputs(model, b, z, t, build=None):
     mask = build(*layout_of(model, b)) if build else row_mask(b, model)
     every = torch.arange(b.tokens.numel())
     logits, p = model(b.tokens, b.place, mask, z, t, b.patch_image, b.grids, b.patch_at, every)
-    return logits, torch.zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
+    return logits, p.new_zeros(len(every), p.shape[1]).index_copy(0, b.patch_at, p)
 
 
 def changed(before, after):
