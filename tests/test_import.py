@@ -98,6 +98,12 @@ def test_a_command_line_that_names_a_command_loads_them():
     assert loaded_by(NAMES_NO_COMMAND.format(["plan", "--help"], 0)) >= DEPENDENCIES
 
 
+def test_sampling_loads_no_compiler_that_it_does_not_use():
+    asked = "import sys, transfusion; transfusion.load('pretrained:emoji', device='cpu').draw(['red'], steps=2)"
+    seen = python(f"{asked}; print('torch._dynamo' in sys.modules, 'torch' in sys.modules)")
+    assert seen.split()[-2:] == ["False", "True"]
+
+
 def test_what_is_late_is_there_all_the_same():
     everything = {}
     exec("from transfusion import *", everything)

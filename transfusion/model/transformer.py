@@ -238,7 +238,8 @@ class Transfusion(nn.Module):
                 "`transfusion train` take them from the tokenizer and the codec"
             )
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # by hand: its own initialisation, on meta, would import torch's compiler, which takes a second and more
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.patches = PATCHES[config.patches](config)
         self.refine = Refine(config.patch_dim, config.patch_size, config.refine_width) if config.refine_width else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
