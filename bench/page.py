@@ -35,9 +35,8 @@ python bench/ask.py gpu gpu-drawing --minutes 7 --out bench/results/GPU.jsonl   
 python bench/page.py
 ```
 
-The first takes more than an hour on 2 idle cores the second is to end within 8 minutes:
-no case begins after seven. `--commit` names the code's commit where it
-came without `.git`.
+The first takes more than an hour on 2 idle cores, the second is to end within 8 minutes: no case begins
+after seven. `--commit` names the code's commit where it came without `.git`.
 
 transfusion-pytorch has a virtual environment of its own, PEER, which these commands make:
 
@@ -85,7 +84,8 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
 def read(files: Iterable[Path]) -> list[dict]:
     """The lines of results, of each question, case and machine those of the last run."""
     lines = [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
-    lines = [line | {"case": asdict(Case()) | line["case"]} for line in lines]  # fields that came later
+    # fields that came later; and no arm that was another one then
+    lines = [line | {"case": asdict(Case()) | line["case"]} for line in lines if is_asked(line)]
     last = {key(line): line["run"] for line in sorted(lines, key=lambda line: line["run"])}
     return [line for line in lines if line["run"] == last[key(line)]]
 
@@ -321,7 +321,6 @@ def roofline(lines: list[dict]) -> Iterator[str]:
 
 def page(lines: list[dict]) -> str:
     """The whole page as Markdown."""
-    lines = [line for line in lines if is_asked(line)]
     out, best = [HEAD.format(cpu=wrapped(name for name in QUESTIONS if "gpu" not in name), peer=MAKE_PEER)], {}
     for line in lines:
         if "error" not in line:

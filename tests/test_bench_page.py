@@ -181,7 +181,11 @@ def test_the_last_run_of_a_case_counts_with_all_its_arms_and_machines_are_apart(
     first = [line("training", arm, s, one, **early) for arm, s in (("ours", 1.0), ("transfusion-pytorch", 6.0))]
     again, elsewhere = line("training", "ours", 2.0, one, **late), copy.deepcopy(first[0])
     elsewhere["hardware"]["processor"] = "Another"
-    (tmp_path / "2026-a.jsonl").write_text(json.dumps(again) + "\n")
+    another = line(
+        "training", "ours", 9.0, one, change={}, run="2026-11-23T12:00:00"
+    )  # an arm that was measured so once
+    assert QUESTIONS["training"].arms["ours"].change
+    (tmp_path / "2026-a.jsonl").write_text("\n".join(map(json.dumps, [again, another])))
     kept = [line("training", "ours", 3.0, two, **early), elsewhere]
     (tmp_path / "2026-b.jsonl").write_text("\n".join(map(json.dumps, [*first, *kept])))
     lines = page.read(tmp_path.glob("*.jsonl"))
