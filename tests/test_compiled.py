@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_batching import ASKED, asked, run, wants_images
 from test_generate import OPTIONS, SAMPLE, alike, code_engine, engine_of, picture, rig
 
@@ -63,6 +64,17 @@ def test_codes_are_written_by_the_graphs_of_text(graphs):
     for a, b in zip(*(e.generate(prompts, mode="draw", temperature=0) for e in (compiled(plain), plain))):
         alike(a, b)
     assert len(graphs) == 1, "two requests with guidance: four lanes, a token each"
+
+
+def test_one_row_goes_through_matrices_by_a_loop_of_the_graphs_own_and_several_by_products(graphs):
+    plain = engine_of(precision="bf16")
+    fast = compiled(plain)
+    for mode, prompts in (("text", ["abc"]), ("text", ["abc", "d"]), ("draw", ["abc"])):
+        given = {"max_tokens": 3} if mode == "text" else {}
+        for a, b in zip(*(e.generate(prompts, mode=mode, **given) for e in (fast, plain)), strict=True):
+            alike(a, b)
+    linear = [sum(node.target is F.linear for node in graph.graph.nodes) for graph in graphs]
+    assert len(linear) == 3 and linear[0] == 0 < linear[1] == linear[2]
 
 
 def test_an_engine_in_full_precision_follows_a_model_that_trains_on_and_leaves_it_as_it_is(graphs):

@@ -10,7 +10,7 @@ from test_transformer import OPTIONS, outputs, random_model, row
 
 from transfusion.model.lora import LoraConfig
 from transfusion.model.mask import dense_mask
-from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, products, stack, text_twin
+from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, product, products, stack, text_twin
 from transfusion.model.transformer import SEPARABLE, Block, build_model, row_mask
 from transfusion.sequence import NONE
 
@@ -84,6 +84,18 @@ def test_stacked_matrices_give_what_each_gives_and_their_weights_are_views_of_th
                 pieces = {p.untyped_storage().data_ptr() for p in linears[0].stacked}
                 assert {p.untyped_storage().data_ptr() for w in linears for p in w.parameters()} == pieces
                 assert len(pieces) == 1 + separate
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_a_row_by_a_graphs_own_loop_is_a_product_rounded_once(graphs, dtype, error):
+    weight, rows = torch.randn(24, 48).to(dtype), torch.randn(2, 3, 48).to(dtype)
+    compiled = torch.compile(product)
+    for x in (rows, rows[:1, :1], rows[0, :1]):
+        y = compiled(x, weight)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=error, atol=1e-5)
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize(
