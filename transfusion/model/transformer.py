@@ -269,7 +269,9 @@ class Transfusion(nn.Module):
             grid = place.flatten(0, 1)[patch_at, 2:]
             patches, skips = self.patches.encode(z.to(dtype), t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
-        h = (trunk or self.trunk)(h, place, mask, patch_at, cache).flatten(0, 1)
+        c = self.config
+        cos, sin = angles(place, c.head_dim, c.rope_base, c.rope_scaling)  # not in the trunk's graph, see docs/log.md
+        h = (trunk or self.trunk)(h, cos, sin, mask, patch_at, cache).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
         logits = (head or self.output)(self.norm(h[text_at], TEXT).to(dtype))
         p = z
@@ -280,10 +282,9 @@ class Transfusion(nn.Module):
         return logits, p
 
     def trunk(
-        self, h: Tensor, place: Tensor, mask: Mask | None, patch_at: Tensor, cache: list[LayerCache] | None
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, patch_at: Tensor, cache: list[LayerCache] | None
     ) -> Tensor:
-        """h [B, L, D] through the layers; place [B, L, 4], patch_at [N]."""
-        cos, sin = angles(place, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
+        """h [B, L, D] through the layers; cos and sin of its places' angles, patch_at [N]."""
         order = Order(h.shape[:2], patch_at if self.config.sorts else None)
         streams = order.split(h)
         for i, layer in enumerate(self.layers):
