@@ -1,5 +1,7 @@
 """Attention by documents against SDPA with the dense mask: outputs, gradients, errors in bf16, what it computes."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,9 +30,12 @@ def heads(layout, n_heads, n_kv_heads, dtype=torch.float32):
     return [x.detach().requires_grad_() for x in qkv], g
 
 
-@given(seeds, rich_rows, st.integers(0, 9), st.booleans(), st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+strips = st.sampled_from([16, 256])  # documents of the tests take several of the first
+
+
+@given(seeds, rich_rows, st.integers(0, 9), st.booleans(), st.sampled_from([(2, 2), (4, 2), (3, 1)]), strips)
 def test_every_document_gets_the_output_and_the_gradients_of_the_dense_mask_and_padding_none(
-    seed, rows, padding, full, n_heads
+    seed, rows, padding, full, n_heads, strip
 ):
     layout = layout_of(seed, rows, padding)
     real = (layout[0] >= 0)[:, None, :, None]
@@ -39,7 +44,8 @@ def test_every_document_gets_the_output_and_the_gradients_of_the_dense_mask_and_
     g = g * real
     wanted = F.scaled_dot_product_attention(*qkv, dense_mask(*layout, full), enable_gqa=True) * real
     wanted_gradients = torch.autograd.grad(wanted, qkv, g)
-    found = varlen_attention(*qkv, varlen_mask(*layout, full))
+    with patch.object(varlen, "STRIP", strip):
+        found = varlen_attention(*qkv, varlen_mask(*layout, full))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(found, qkv, g), wanted_gradients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -48,8 +54,10 @@ def test_every_document_gets_the_output_and_the_gradients_of_the_dense_mask_and_
 LAYOUT = [[[9, (4, 4), 5], [(2, 3, "copy"), 7], [30]], [[3, (5, 5)], [40]]]
 
 
+@pytest.mark.parametrize("strip", [16, 256])
 @pytest.mark.parametrize("spread, most", [(1, 0.01), (4, 0.02), (16, 0.06)])
-def test_in_bf16_outputs_and_gradients_err_by_little_even_where_scores_are_large(spread, most):
+def test_in_bf16_outputs_and_gradients_err_by_little_even_where_scores_are_large(spread, most, strip, monkeypatch):
+    monkeypatch.setattr(varlen, "STRIP", strip)
     layout = layout_of(0, LAYOUT, 3)
     real = (layout[0] >= 0)[:, None, :, None]
     (q, k, v), g = heads(layout, 4, 2, torch.bfloat16)
@@ -66,7 +74,10 @@ def test_in_bf16_outputs_and_gradients_err_by_little_even_where_scores_are_large
 @pytest.mark.parametrize(
     "precision, written_out", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]
 )
-def test_the_products_of_documents_are_all_that_is_computed(precision, written_out, monkeypatch):
+def test_the_products_of_documents_are_all_that_is_computed_up_to_the_last_key_that_a_strip_sees(
+    precision, written_out, monkeypatch
+):
+    monkeypatch.setattr(varlen, "STRIP", 16)
     if not written_out:
         monkeypatch.setattr(varlen, "WRITTEN_OUT", 0)
     layout = layout_of(0, LAYOUT, 3)
@@ -74,7 +85,8 @@ def test_the_products_of_documents_are_all_that_is_computed(precision, written_o
     mask = varlen_mask(*layout)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch counts no other of a CPU
         varlen_attention(*qkv, mask).backward(g)
-    pairs = sum(D * n**2 for D, n in mask.groups)
+    pairs = sum(strip.allowed.numel() for strips in mask.strips for strip in strips)
+    assert pairs < 0.9 * sum(D * n**2 for D, n in mask.groups)
     assert counter.get_total_flops() == 6 * 2 * 4 * 8 * pairs  # two products forward, four backward; 4 heads of 8
 
 
@@ -92,7 +104,21 @@ def test_every_real_position_has_one_place_and_little_is_filled_up(seed, rows, p
     assert mask.at[mask.place[real]].tolist() == real.nonzero()[:, 0].tolist()
     assert (mask.place[~real] == len(mask.at)).all()
     assert len(mask.at) == sum(D * n for D, n in mask.groups) <= real.sum() / FULL + 1
-    assert [tuple(a.shape) for a in mask.allowed] == [(D, 1, n, n) for D, n in mask.groups]
+
+
+@given(seeds, rich_rows, st.booleans())
+def test_strips_hold_each_query_once_and_all_that_it_sees(seed, rows, full):
+    layout = layout_of(seed, rows)
+    with patch.object(varlen, "STRIP", 16):
+        mask = varlen_mask(*layout, full)
+    seen, real = dense_mask(*layout, full).sum(-1).flatten(), layout[0].flatten() >= 0
+    for (_, n), strips in zip(mask.groups, mask.strips, strict=True):
+        assert [i for s in strips for i in range(n)[s.queries]] == list(range(n))
+        assert all(s.allowed.any(0).any(1)[0, -1] and s.keys.start == 0 for s in strips), "no key more than is seen"
+    of_places = torch.cat(
+        [seen[:0], *(torch.cat([s.allowed.sum(-1)[:, 0] for s in x], 1).flatten() for x in mask.strips)]
+    )
+    assert torch.equal(of_places[mask.place[real]], seen[real])
 
 
 def test_rows_of_padding_alone_come_out_as_zeros():

@@ -3,16 +3,24 @@
     rows [B, L]     | doc 0   | doc 1      | doc 2 | pad |   | doc 3  | doc 4 |  doc 5   | ...
     groups          [doc 1, doc 5]  [doc 0, doc 3]  [doc 2, doc 4]        each [D, n]: D documents of about n positions
 
+    strip 0         q q q q q             q: queries, of which some STRIP go together
+                    k k k k k k           k: the keys that any of them may see
+    strip 1                   q q q q q
+                    k k k k k k k k k k
+
 Documents are sorted by length and grouped, so that little of a group is filling; padding takes no part and comes out as
-0. In bf16 the products are written out, which a CPU without AMX computes 1.5 to 4 times as fast as SDPA's kernel for
-documents of up to some hundred positions, forward and backward (docs/log.md, 2026-11-23). Scores are then rounded to
-bf16, as in eager attention; SDPA keeps them in float32.
+0. The keys behind all that a strip sees are left out, nearly half of those of a long document. In bf16 the products are
+written out, which a CPU without AMX computes 1.5 to 4 times as fast as SDPA's kernel for documents of up to some
+hundred positions, forward and backward (docs/log.md, 2026-11-23). Scores are then rounded to bf16, as in eager
+attention; SDPA keeps them in float32.
 
 It rests on the first term of `allow`, that a document sees itself alone. Were that to change, the dense mask is the one
 to take (`row_mask` in model/transformer.py).
 """
 
 from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +30,17 @@ from transfusion.model.mask import allow
 
 FULL = 0.8  # a group's shortest document is at least so long as this share of its longest
 WRITTEN_OUT = 1024  # positions of a document up to which all its scores are held in memory
+STRIP = 256  # queries that go together at most, with the keys that any of them sees
 FILLING = -2  # document of the positions that fill up a group; padding of rows is -1
+
+
+class Strip(NamedTuple):
+    """Neighbouring queries of a group's documents, and what they see of the first keys."""
+
+    queries: slice
+    keys: slice
+    allowed: Tensor  # bool [D, 1, queries, keys] ...
+    bias: Tensor | None  # ... and bf16, 0 where allowed, -inf where not, of what is written out
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +50,7 @@ class VarlenMask:
     place: Tensor  # [B * L] of each position, its place among those of all groups; of padding, behind the last
     at: Tensor  # [T] the inverse: flat position of each place, B * L where it fills up
     groups: list[tuple[int, int]]  # (documents, positions of each) of the groups; T is the sum of their products
-    allowed: list[Tensor]  # of each group, bool [D, 1, n, n] ...
-    bias: list[Tensor | None]  # ... and bf16 [D, 1, n, n], 0 where allowed, -inf where not, of what is written out
+    strips: list[list[Strip]]  # of each group
 
 
 def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True) -> VarlenMask:
@@ -58,7 +75,7 @@ def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tr
         return F.pad(x.flatten(), (0, 1), value=value)
 
     document, image, hidden = filled(document, FILLING), filled(image, -1), filled(hidden, False)
-    at, groups, masks = [start.new_zeros(0)], [], []
+    at, groups, strips = [start.new_zeros(0)], [], []
     for first, last in members:
         n = lengths[first]
         index = torch.arange(n, device=start.device)
@@ -66,16 +83,26 @@ def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tr
         here = torch.where(inside, start[first:last, None] + index, S)  # [D, n]
         d, im, h = document[here], image[here], hidden[here]
         q, k = ((x[:, None, :, None] for x in (d, im)), (x[:, None, None] for x in (d, im)))
-        masks.append(allow(*q, index[:, None], *k, index[None], h[:, None, None], full))
+        strips.append(strips_of(allow(*q, index[:, None], *k, index[None], h[:, None, None], full)))
         groups.append((last - first, n))
         at.append(here.flatten())
     at = torch.cat(at)
     place = at.new_full((S + 1,), len(at)).index_copy(0, at, torch.arange(len(at), device=at.device))[:S]
-    bias = [
-        torch.zeros_like(m, dtype=torch.bfloat16).masked_fill_(~m, -torch.inf) if n <= WRITTEN_OUT else None
-        for m, (_, n) in zip(masks, groups)
-    ]
-    return VarlenMask(place, at, groups, masks, bias)
+    return VarlenMask(place, at, groups, strips)
+
+
+def strips_of(allowed: Tensor) -> list[Strip]:
+    """The strips of a group whose documents' queries see the keys `allowed` [D, 1, n, n]."""
+    n, found = allowed.shape[-1], []
+    size = 16 * ceil(n / ceil(n / STRIP) / 16)  # about equal ones, in multiples that the kernels like
+    for first in range(0, n, size):
+        queries = slice(first, min(first + size, n))
+        keys = slice(0, int(allowed[:, 0, queries].any(0).any(0).nonzero()[-1]) + 1)
+        of_strip, bias = allowed[:, :, queries, keys], None
+        if n <= WRITTEN_OUT:
+            bias = torch.zeros_like(of_strip, dtype=torch.bfloat16).masked_fill_(~of_strip, -torch.inf)
+        found.append(Strip(queries, keys, of_strip, bias))
+    return found
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tensor:
@@ -91,17 +118,23 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tenso
         split = placed[:-1].split(sizes)
         return [part.unflatten(0, group).transpose(1, 2) for part, group in zip(split, mask.groups)]
 
-    outs = [attend(*of_group) for of_group in zip(parts(q), parts(k), parts(v), mask.allowed, mask.bias)]
+    outs = [attend(*of_group) for of_group in zip(parts(q), parts(k), parts(v), mask.strips)]
     out = torch.cat([q.new_zeros(0, H, q.shape[-1]), *(o.transpose(1, 2).flatten(0, 1) for o in outs)])  # [T, H, K]
     rows = out.new_zeros(B * L + 1, *out.shape[1:]).index_copy(0, mask.at, out)[:-1]
     return rows.unflatten(0, (B, L)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, strips: list[Strip]) -> Tensor:
     """Attention [D, H, n, K] within the documents of a group."""
-    n, K = q.shape[-2:]
-    if q.dtype != torch.bfloat16 or n > WRITTEN_OUT:
-        return F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    written_out = q.dtype == torch.bfloat16 and strips[0].bias is not None
+    if written_out:
+        q, k, v = q * q.shape[-1] ** -0.5, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    outs = []
     with torch.autocast(q.device.type, enabled=False):
-        return (q * K**-0.5 @ k.transpose(-1, -2)).add_(bias).softmax(-1) @ v
+        for strip in strips:
+            qs, ks, vs = q[:, :, strip.queries], k[:, :, strip.keys], v[:, :, strip.keys]
+            if written_out:
+                outs.append((qs @ ks.transpose(-1, -2)).add_(strip.bias).softmax(-1) @ vs)
+            else:
+                outs.append(F.scaled_dot_product_attention(qs, ks, vs, strip.allowed, enable_gqa=True))
+    return torch.cat(outs, 2)
