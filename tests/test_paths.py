@@ -8,6 +8,7 @@ from hypothesis import given
 from random_rows import packed, rows_of_parts, seeds
 from test_transformer import OPTIONS, outputs, random_model, row
 
+from transfusion.model.float8 import use_float8
 from transfusion.model.lora import LoraConfig
 from transfusion.model.mask import dense_mask
 from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, products, stack, text_twin
@@ -166,7 +167,8 @@ def test_every_weight_of_both_paths_has_a_gradient_where_there_are_text_and_imag
 
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
 @pytest.mark.parametrize("options", [{}, SORTED["separate"]], ids=["one path", "separate"])
-def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(options, monkeypatch):
+@pytest.mark.parametrize("in_float8", [False, True], ids=["plain", "float8"])
+def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(options, in_float8, monkeypatch):
     options, compilations = {**options, "n_layers": 1}, []
 
     def backend(graph, inputs):
@@ -177,6 +179,8 @@ def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(option
         Block, "compile", lambda block, **given: torch.nn.Module.compile(block, backend=backend, **given)
     )
     plain, compiled = random_model(**options), random_model(**options)
+    for model in (plain, compiled) if in_float8 else ():
+        use_float8(model.layers)
     compiled.compile_layers()
     for documents in (
         [[2, (2, 2), 2]],
