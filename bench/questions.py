@@ -223,7 +223,7 @@ QUESTIONS = {  # in the order of what matters most
     ),
     "gpu": Question(
         "A training step on a GPU, blocks compiled, FlexAttention: rows of 4096, half of them images, or text alone",
-        OURS,
+        OURS | {"ours, float8": Arm("ours.training", change={"float8": True})},
         tuple(
             replace(H100, config=config, rows=rows, **content)
             for config, rows in ((SMALL, 4), (LARGE, 2))
