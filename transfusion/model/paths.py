@@ -77,7 +77,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, path: int) -> Tensor:
         """[..., n_out] of a stream [..., n_in]."""
-        return products((self,), x, path)[0]
+        weight = self.own(path)
+        if weight.dtype == torch.bfloat16:  # an engine's; in training autocast chooses
+            x = x.to(weight.dtype)
+        (y,) = self.product(x, (weight,))
+        return self.adapted(y, x, path)
 
     def own(self, path: int) -> Tensor:
         """The weight [n_out, n_in] of the path."""
@@ -92,10 +96,11 @@ class Linear(nn.Module):
 def products(linears: Seq[Linear], x: Tensor, path: int) -> Seq[Tensor]:
     """[..., n_out] by each of the matrices of the same stream x [..., n_in]; one product where they are stacked."""
     first, on = linears[0], x.device.type
+    if first.stacked is not None:
+        y = F.linear(x.to(first.stacked[path].dtype), first.stacked[path])
+        return y.split([len(w.weight) for w in linears], -1)
     # cast once, not for each; in an engine the weights' type says to what
     x = x.to(torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else first.weight.dtype)
-    if first.stacked is not None and len(linears) > 1:
-        return F.linear(x, first.stacked[path]).split([len(w.weight) for w in linears], -1)
     of_weights = first.product(x, [w.own(path) for w in linears])
     return [w.adapted(y, x, path) for w, y in zip(linears, of_weights)]
 
