@@ -46,6 +46,7 @@ class Case:
     threads: int = 1
     device: str = "cpu"
     compile: bool = False
+    float8: bool = False  # the trunk's products, of a training step
     peak: tuple[int, ...] = (1024, 2048, 4096)  # sides of the products that the matmul peak is the best of
 
     def __post_init__(self):

@@ -20,11 +20,12 @@ from transfusion.codec.codec import Codec
 from transfusion.config import load_config
 from transfusion.data.documents import DataConfig
 from transfusion.generate import Engine
+from transfusion.model.float8 import use_float8
 from transfusion.model.mask import BLOCK
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers
 from transfusion.plan import count_packed
-from transfusion.run import RunConfig, SampleConfig, TrainConfig
+from transfusion.run import RunConfig, SampleConfig, TrainConfig, uses_float8
 from transfusion.sequence import Batch, Format, Image, Segment, Special, Text, collate, lay_out
 
 MARKERS = 6  # special tokens, behind those of the content
@@ -43,7 +44,7 @@ def config_of(case: Case) -> RunConfig:
         model=replace(model, channels=case.channels, patch_size=case.patch_size),
         data=DataConfig(factor=1, image_size=cells),
         optim=OptimConfig(ema=0.0),
-        train=TrainConfig(seq_len=1 << 20, precision=case.precision, compile=case.compile),
+        train=TrainConfig(seq_len=1 << 20, precision=case.precision, compile=case.compile, float8=case.float8),
     )
 
 
@@ -75,6 +76,8 @@ def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
     config = config_of(case)
     torch.manual_seed(0)
     model = build_model(config.model, case.device)
+    if uses_float8(config.train, torch.device(case.device)):
+        use_float8(model.layers)
     if case.compile:
         model.compile_layers()
     optimizers, losses = build_optimizers(model, config.optim), train.losses

@@ -75,7 +75,8 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
   to be trusted. The load above a table is the machine's before the first process was started.
 - MFU: FLOPs of the step by the area that its mask allows (`count_packed` in `transfusion/plan.py`) over the seconds of
   forward and backward, over the best product of square matrices in the same process, just after; "of the step": over
-  the seconds of the whole step.
+  the seconds of the whole step. Square matrices in the case's precision, so in bf16 for "ours, float8" too, whose
+  products have a peak twice as high.
 - Where the time goes: seconds are the profiler's; "at the limits" what FLOPs over the peak or bytes over the bandwidth
   of a large copy take, whichever is more; bytes are counted as if no cache kept any (`bench/operators.py`).
 """

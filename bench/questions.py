@@ -174,7 +174,7 @@ QUESTIONS = {  # in the order of what matters most
     ),
     "captioning": Question(
         "Writing: 64 tokens behind 16 and an image, batched and cached",
-        precisions(with_lucid("writing")),
+        precisions(with_lucid("writing")) | compiled("writing"),
         (*sized(*grid(READ, batch=(1, 16))), replace(READ, batch=4)),
     ),
     "text": Question(
@@ -223,7 +223,7 @@ QUESTIONS = {  # in the order of what matters most
     ),
     "gpu": Question(
         "A training step on a GPU, blocks compiled, FlexAttention: rows of 4096, half of them images, or text alone",
-        OURS,
+        OURS | {"ours, float8": Arm("ours.training", change={"float8": True})},
         tuple(
             replace(H100, config=config, rows=rows, **content)
             for config, rows in ((SMALL, 4), (LARGE, 2))

@@ -27,6 +27,7 @@ from tiny_run import write_tiny
 from transfusion import batching, train
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.config import override
+from transfusion.model import float8
 from transfusion.model.mask import dense_mask
 from transfusion.model.transformer import build_model
 from transfusion.model.varlen import WRITTEN_OUT, varlen_mask
@@ -270,7 +271,9 @@ def test_a_resumed_run_is_timed_to_its_first_step_and_goes_on_from_the_same_one_
 
 
 @pytest.mark.parametrize("name", ["gpu", "gpu-drawing"])
-def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name):
+def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name, monkeypatch):
+    used, multiply = [], float8.multiply
+    monkeypatch.setattr(float8, "multiply", lambda *given: used.append(given) or multiply(*given))
     tiny = ["device=cpu", "compile=false", "config=", "dim=32", "depth=2", "heads=2", "documents=2", "side=2", "rows=1"]
     tiny += ["text_tokens=12", "seq_len=64", "vocab=99", "peak=32", "steps=2", "threads=1"]
     cases = {override(case, tiny) for case in QUESTIONS[name].cases}
@@ -279,8 +282,9 @@ def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name):
         for arm in QUESTIONS[name].arms.values():
             module, _, function = arm.answer.partition(".")
             assert module == "ours"
-            parts, facts = once(getattr(ours, function), case)
-            assert parts and facts["units"]
+            used.clear()
+            parts, facts = once(getattr(ours, function), replace(case, **arm.change))
+            assert parts and facts["units"] and bool(used) == ("float8" in arm.change)
 
 
 def test_llama_answers_with_the_same_positions_and_about_as_many_parameters(monkeypatch):

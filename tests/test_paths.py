@@ -8,9 +8,10 @@ from hypothesis import given
 from random_rows import packed, rows_of_parts, seeds
 from test_transformer import OPTIONS, outputs, random_model, row
 
+from transfusion.model.float8 import use_float8
 from transfusion.model.lora import LoraConfig
 from transfusion.model.mask import dense_mask
-from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, product, products, stack, text_twin
+from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, linear, products, stack, text_twin
 from transfusion.model.transformer import SEPARABLE, Block, build_model, row_mask
 from transfusion.sequence import NONE
 
@@ -90,7 +91,7 @@ def test_stacked_matrices_give_what_each_gives_and_their_weights_are_views_of_th
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_a_row_by_a_graphs_own_loop_is_a_product_rounded_once(graphs, dtype, error):
     weight, rows = torch.randn(24, 48).to(dtype), torch.randn(2, 3, 48).to(dtype)
-    compiled = torch.compile(product)
+    compiled = torch.compile(linear)
     for x in (rows, rows[:1, :1], rows[0, :1]):
         y = compiled(x, weight)
         assert y.dtype == dtype
@@ -178,7 +179,8 @@ def test_every_weight_of_both_paths_has_a_gradient_where_there_are_text_and_imag
 
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
 @pytest.mark.parametrize("options", [{}, SORTED["separate"]], ids=["one path", "separate"])
-def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(options, monkeypatch):
+@pytest.mark.parametrize("in_float8", [False, True], ids=["plain", "float8"])
+def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(options, in_float8, monkeypatch):
     options, compilations = {**options, "n_layers": 1}, []
 
     def backend(graph, inputs):
@@ -189,6 +191,8 @@ def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(option
         Block, "compile", lambda block, **given: torch.nn.Module.compile(block, backend=backend, **given)
     )
     plain, compiled = random_model(**options), random_model(**options)
+    for model in (plain, compiled) if in_float8 else ():
+        use_float8(model.layers)
     compiled.compile_layers()
     for documents in (
         [[2, (2, 2), 2]],

@@ -18,12 +18,14 @@ from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.llama import TOKENIZER, folder_of, is_llama, sizes_of
 from transfusion.metrics import MetricsConfig
+from transfusion.model.float8 import MULTIPLE
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
 from transfusion.sequence import Format
 from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 PRECISIONS = ("auto", "bf16", "fp32")
+FLOAT8 = (8, 9)  # the least capability of a GPU that multiplies it
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class TrainConfig:
     # bf16 = autocast with fp32 master weights; an engine samples with bf16 ones; auto = bf16 where the hardware has it
     precision: str = "auto"
     compile: bool = False  # torch.compile, block by block
+    float8: bool = False  # the trunk's products, of a training in bf16 on a GPU that has them; sampling stays as it is
     log_every: int = 10  # steps, as all that follow; 0 = never
     sample_every: int = 0
     save_every: int = 500
@@ -118,6 +121,15 @@ class RunConfig:
                 )
         elif self.adapter:
             raise ValueError(f"adapter = {self.adapter!r}, but model.lora.r is 0: set it and the rest of model.lora")
+        if self.train.float8:
+            m = self.model
+            sizes = {"dim": m.dim, "ffn_dim": m.hidden_dim, "queries' width": m.n_heads * m.head_dim}
+            sizes["keys' width"] = m.kv_heads * m.head_dim
+            if wrong := [f"{name} = {size}" for name, size in sizes.items() if size % MULTIPLE]:
+                raise ValueError(
+                    f"train.float8 = true, and of the model {', '.join(wrong)}: products in float8 want multiples of "
+                    f"{MULTIPLE}; choose other sizes, or set train.float8=false"
+                )
 
 
 def load_own_tokenizer(config: RunConfig) -> Tokenizer:
@@ -221,3 +233,24 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
         has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def uses_float8(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the trunk's products train in float8; ValueError where they cannot. A CPU can, slowly: to try it out.
+
+    Only beside bfloat16: so an engine of such a model has matrices of its own (precision.py), which multiply as ever.
+    """
+    if not config.float8:
+        return False
+    if device.type == "mps" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise ValueError(
+            f"train.float8 = true: {name} multiplies no float8, as GPUs of capability {FLOAT8[0]}.{FLOAT8[1]} or more "
+            "do (Ada, H100): set train.float8=false"
+        )
+    if not uses_bf16(config.precision, device):
+        raise ValueError(
+            f"train.float8 = true, train.precision = {config.precision!r}: all beside the trunk's products is to be "
+            "in bfloat16, and would be in float32: set train.precision=bf16, or train.float8=false"
+        )
+    return True

@@ -26,10 +26,11 @@ from transfusion.generate import Engine
 from transfusion.llama import is_llama
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
+from transfusion.model.float8 import use_float8
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import build_optimizers, clip_gradients, freeze, trained
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, format_of, pick_device, same_codec, uses_bf16
+from transfusion.run import RunConfig, format_of, pick_device, same_codec, uses_bf16, uses_float8
 from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
 
@@ -41,6 +42,7 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     """Trains the run to its last step, or to a signal, and returns its newest checkpoint."""
     found = find_checkpoint(run, resume)
     device = torch.device(pick_device(config.device))
+    float8 = uses_float8(config.train, device)
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
@@ -62,6 +64,8 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     if config.optim.freeze:
         n, all_n = (sum(p.numel() for p in ps) for ps in (trained(model), model.parameters()))
         print(f"{n:,} of {all_n:,} parameters train")
+    if float8:
+        use_float8(model.layers)
     if config.train.compile:
         model.compile_layers()
     optimizers = build_optimizers(model, config.optim)

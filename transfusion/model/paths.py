@@ -7,10 +7,11 @@
 Which path a position takes is known from the layout alone, so nothing is routed by a learned gate. The trunk carries
 two streams instead of one, a matrix each, and joins them into rows for attention, where text and patches see each
 other. A weight without a twin of its own name with `image_` before it serves both paths. Matrices that read the same
-stream, as wq, wk and wv, are asked together (`products`).
+stream, as wq, wk and wv, are asked together (`products`); how they multiply can be set (`multiply_by`).
 """
 
 import re
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -54,6 +55,19 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T [..., n_out] of x [..., n_in], W [n_out, n_in]."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
+        # one row: F.linear repacks W at each call, a loop of the graph's own reads it as it is, in a third of the time
+        return (x.float().unsqueeze(-2) * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
+
+
+def plain(x: Tensor, weights: Seq[Tensor]) -> list[Tensor]:
+    """x W^T [..., n_out] of x [..., n_in] by each of the weights [n_out, n_in]."""
+    return [linear(x, w) for w in weights]
+
+
 class Linear(nn.Module):
     """y = W x, plus alpha / r B A x where the path has an adapter; W, A and B are those of the path."""
 
@@ -61,6 +75,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = parameter(n_out, n_in)
         self.image_weight = parameter(n_out, n_in) if separate else None
+        self.product: Callable[[Tensor, Seq[Tensor]], Seq[Tensor]] = plain  # or another's (`multiply_by`)
         self.stacked: tuple[Tensor, Tensor] | None = None  # of each path: W, then others' (`stack`)
         self.scale = lora.alpha / lora.r if lora else 0.0
         for path, prefix in zip(PATHS, ("", "image_")):
@@ -70,32 +85,39 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, path: int) -> Tensor:
         """[..., n_out] of a stream [..., n_in]."""
-        own = path == IMAGE and self.image_weight is not None
-        weight = self.image_weight if own else self.weight
+        weight = self.own(path)
         if weight.dtype == torch.bfloat16:  # an engine's; in training autocast chooses
             x = x.to(weight.dtype)
-        y = product(x, weight)
+        (y,) = self.product(x, (weight,))
+        return self.adapted(y, x, path)
+
+    def own(self, path: int) -> Tensor:
+        """The weight [n_out, n_in] of the path."""
+        return self.image_weight if path == IMAGE and self.image_weight is not None else self.weight
+
+    def adapted(self, y: Tensor, x: Tensor, path: int) -> Tensor:
+        """y = W x with what the path's adapter, if it has one, adds to it."""
         A, B = (self.image_lora_A, self.image_lora_B) if path == IMAGE else (self.lora_A, self.lora_B)
-        return y if A is None else y + self.scale * product(product(x, A), B)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """W x [..., n_out] of x [..., n_in]."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        # one row: F.linear repacks W at each call, a loop of the graph's own reads it as it is, in a third of the time
-        return (x.float().unsqueeze(-2) * weight.float()).sum(-1).to(x.dtype)
-    return F.linear(x, weight)
+        return y if A is None else y + self.scale * linear(linear(x, A), B)
 
 
 def products(linears: Seq[Linear], x: Tensor, path: int) -> Seq[Tensor]:
     """[..., n_out] by each of the matrices of the same stream x [..., n_in]; one product where they are stacked."""
-    stacked = linears[0].stacked
-    if stacked is None:
-        if torch.is_autocast_enabled(x.device.type):  # cast once, not for each
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return [w(x, path) for w in linears]
-    y = product(x.to(stacked[path].dtype), stacked[path])
-    return y.split([len(w.weight) for w in linears], -1)
+    first, on = linears[0], x.device.type
+    if first.stacked is not None:
+        y = linear(x.to(first.stacked[path].dtype), first.stacked[path])
+        return y.split([len(w.weight) for w in linears], -1)
+    # cast once, not for each; in an engine the weights' type says to what
+    x = x.to(torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else first.weight.dtype)
+    of_weights = first.product(x, [w.own(path) for w in linears])
+    return [w.adapted(y, x, path) for w, y in zip(linears, of_weights)]
+
+
+def multiply_by(layers: nn.Module, product: Callable[[Tensor, Seq[Tensor]], Seq[Tensor]]):
+    """Lets every matrix of the layers multiply as `product` does, in place of `plain`."""
+    for module in layers.modules():
+        if isinstance(module, Linear):
+            module.product = product
 
 
 def stack(linears: Seq[Linear]):

@@ -10,7 +10,7 @@ from copy import deepcopy
 import torch
 from torch.nn import Parameter
 
-from transfusion.model.paths import Linear, stack
+from transfusion.model.paths import Linear, multiply_by, plain, stack
 from transfusion.model.transformer import Transfusion
 
 
@@ -27,7 +27,8 @@ def at_precision(model: Transfusion, dtype: torch.dtype) -> Transfusion:
         known |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
     model = deepcopy(model, known)
     known.clear()  # or each matrix is kept beside the stack that it goes into
-    model.compiled = False  # a copy's blocks are plain ones
+    model.compiled = False  # a copy's blocks are plain ones, and so are its products
+    multiply_by(model.layers, plain)
     for layer in model.layers:
         a, f = layer.attention, layer.feed_forward
         stack((a.wq, a.wk, a.wv))
