@@ -1,5 +1,6 @@
 """The compiled trunk: what the plain one answers, from few graphs, whatever is asked for and in whatever order."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -66,15 +67,46 @@ def test_codes_are_written_by_the_graphs_of_text(graphs):
     assert len(graphs) == 1, "two requests with guidance: four lanes, a token each"
 
 
-def test_one_row_goes_through_matrices_by_a_loop_of_the_graphs_own_and_several_by_products(graphs):
-    plain = engine_of(precision="bf16")
+@pytest.mark.parametrize("name, per_layer", [("plain", 4), ("separate", 8), ("lora", 14 + 28)])
+def test_one_row_goes_through_matrices_by_a_loop_of_the_graphs_own_and_several_by_products(graphs, name, per_layer):
+    plain = engine_of(precision="bf16", n_layers=1, **OPTIONS[name])
     fast = compiled(plain)
     for mode, prompts in (("text", ["abc"]), ("text", ["abc", "d"]), ("draw", ["abc"])):
         given = {"max_tokens": 3} if mode == "text" else {}
         for a, b in zip(*(e.generate(prompts, mode=mode, **given) for e in (fast, plain)), strict=True):
             alike(a, b)
-    linear = [sum(node.target is F.linear for node in graph.graph.nodes) for graph in graphs]
-    assert len(linear) == 3 and linear[0] == 0 < linear[1] == linear[2]
+    rows = [[len(x.flatten(0, -2)) for x in multiplied(graph)] for graph in graphs]
+    assert len(rows) > 1 and 1 not in rows[0] and all(len(of_graph) == per_layer for of_graph in rows[1:])
+    assert len(rows[0]) == (0 if name == "plain" else per_layer // 2), "the empty stream of patches"
+
+
+def multiplied(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
+    """What goes through `F.linear` in a graph, as its compiler saw it."""
+    return [node.args[0].meta["example_value"] for node in graph.graph.nodes if node.target is F.linear]
+
+
+def test_what_is_the_same_in_all_layers_and_for_all_numbers_is_computed_outside_of_the_graph(graphs):
+    compiled(engine_of()).draw(["abc"])
+    inside = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")}
+    assert inside and not any(op in name for name in inside for op in ("cos", "sin", "pow", "roll"))
+
+
+def test_a_stream_of_one_row_beside_one_of_more_takes_one_graph_more(graphs):
+    plain = engine_of(seq_len=60, n_layers=1, **OPTIONS["separate"])
+    fast = compiled(plain)
+
+    def drawn(engine: Engine, sizes) -> list:
+        sampling = replace(SAMPLE, guidance=1.0)
+        asked = [engine.request(engine.open(["abc"]), "draw", i, sampling, size) for i, size in enumerate(sizes)]
+        run(engine.batching(), [(0, r) for r in asked])
+        return [engine.read(r.answer) for r in asked]
+
+    for n, sizes in enumerate(
+        ([(2, 2), (1, 1)], [(2, 2), (1, 3)], [(2, 2), (2, 1)])
+    ):  # three positions fill up, one, two
+        for a, b in zip(drawn(fast, sizes), drawn(plain, sizes), strict=True):
+            alike(a, b)
+        assert len(graphs) == min(n + 1, 2), "torch asks itself whether a norm's rows are one"
 
 
 def test_an_engine_in_full_precision_follows_a_model_that_trains_on_and_leaves_it_as_it_is(graphs):

@@ -133,7 +133,8 @@ def estimate_memory(config: RunConfig) -> dict[str, float]:
     """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast. Logits: those
     held at once, and what they give the head's matrix.
 
-    On a CPU in bf16 attention's scores come on top: 2 bytes for each pair of a document's positions, head and layer.
+    On a CPU in bf16 attention's scores come on top, of documents of up to 1,024 positions: 2 bytes for each pair that
+    a strip of model/varlen.py holds, head and layer.
     """
     m, c = config.model, config.train
     model = build_model(m, "meta")

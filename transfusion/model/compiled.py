@@ -4,7 +4,8 @@
     q = 1          one request writes           several write
     q > 1          one draws without guidance   several lanes draw
 
-Where text and patches take different weights (paths.py), lanes that draw images of several sizes take a fifth.
+Where text and patches take different weights (paths.py), lanes that draw images of several sizes take a fifth, and a
+sixth where just one position fills up.
 torch compiles anew where a size is 1 and where it was not. By itself it also does where two sizes that were equal no
 longer are, as those of four lanes and of four heads, and it would give up for good after eight graphs of all models.
 """

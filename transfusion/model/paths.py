@@ -58,7 +58,7 @@ def parameter(*shape: int) -> nn.Parameter:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T [..., n_out] of x [..., n_in], W [n_out, n_in]."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        # one row: F.linear repacks W at each call, a loop of the graph's own reads it as it is, in a third of the time
+        # one row: F.linear repacks W at each call, a loop of the graph's own reads it as it is, at least twice as fast
         return (x.float().unsqueeze(-2) * weight.float()).sum(-1).to(x.dtype)
     return F.linear(x, weight)
 
@@ -75,7 +75,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = parameter(n_out, n_in)
         self.image_weight = parameter(n_out, n_in) if separate else None
-        self.product: Callable[[Tensor, Seq[Tensor]], Seq[Tensor]] = plain  # or another's (`multiply_by`)
+        self.product: Callable[[Tensor, Seq[Tensor]], Seq[Tensor]] = plain  # or float8's (`multiply_by`)
         self.stacked: tuple[Tensor, Tensor] | None = None  # of each path: W, then others' (`stack`)
         self.scale = lora.alpha / lora.r if lora else 0.0
         for path, prefix in zip(PATHS, ("", "image_")):
@@ -103,12 +103,12 @@ class Linear(nn.Module):
 
 def products(linears: Seq[Linear], x: Tensor, path: int) -> Seq[Tensor]:
     """[..., n_out] by each of the matrices of the same stream x [..., n_in]; one product where they are stacked."""
-    first, on = linears[0], x.device.type
+    first, device = linears[0], x.device.type
     if first.stacked is not None:
         y = linear(x.to(first.stacked[path].dtype), first.stacked[path])
         return y.split([len(w.weight) for w in linears], -1)
     # cast once, not for each; in an engine the weights' type says to what
-    x = x.to(torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else first.weight.dtype)
+    x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.weight.dtype)
     of_weights = first.product(x, [w.own(path) for w in linears])
     return [w.adapted(y, x, path) for w, y in zip(linears, of_weights)]
 
@@ -117,6 +117,7 @@ def multiply_by(layers: nn.Module, product: Callable[[Tensor, Seq[Tensor]], Seq[
     """Lets every matrix of the layers multiply as `product` does, in place of `plain`."""
     for module in layers.modules():
         if isinstance(module, Linear):
+            assert module.stacked is None, "stacked matrices are to sample with, by products of their own"
             module.product = product
 
 

@@ -57,4 +57,4 @@ def angles(place: Tensor, head_dim: int, base: float, scaling: RopeScaling) -> t
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads [B, H, L, K] turned by their positions: (a cos - b sin, b cos + a sin) of their halves a, b."""
     a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)  # cat, not roll: compiled, that gathers number by number
+    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)  # a compiled roll gathers number by number

@@ -269,8 +269,10 @@ class Transfusion(nn.Module):
             grid = place.flatten(0, 1)[patch_at, 2:]
             patches, skips = self.patches.encode(z.to(dtype), t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
-        c = self.config
-        cos, sin = angles(place, c.head_dim, c.rope_base, c.rope_scaling)  # not in the trunk's graph, see docs/log.md
+        c = (
+            self.config
+        )  # angles are found outside of the trunk: its graph would find them anew for each number of q and k
+        cos, sin = angles(place, c.head_dim, c.rope_base, c.rope_scaling)
         h = (trunk or self.trunk)(h, cos, sin, mask, patch_at, cache).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
         logits = (head or self.output)(self.norm(h[text_at], TEXT).to(dtype))
@@ -284,7 +286,7 @@ class Transfusion(nn.Module):
     def trunk(
         self, h: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, patch_at: Tensor, cache: list[LayerCache] | None
     ) -> Tensor:
-        """h [B, L, D] through the layers; cos and sin of its places' angles, patch_at [N]."""
+        """h [B, L, D] through the layers; cos and sin [B, 1, L, K] of its places' angles, patch_at [N]."""
         order = Order(h.shape[:2], patch_at if self.config.sorts else None)
         streams = order.split(h)
         for i, layer in enumerate(self.layers):

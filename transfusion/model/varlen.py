@@ -9,7 +9,7 @@
                     k k k k k k k k k k
 
 Documents are sorted by length and grouped, so that little of a group is filling; padding takes no part and comes out as
-0. The keys behind all that a strip sees are left out, nearly half of those of a long document. In bf16 the products are
+0. The keys behind all that a strip sees are left out: of k strips (k - 1) / 2k of all pairs. In bf16 the products are
 written out, which a CPU without AMX computes 1.5 to 4 times as fast as SDPA's kernel for documents of up to some
 hundred positions, forward and backward (docs/log.md, 2026-11-23). Scores are then rounded to bf16, as in eager
 attention; SDPA keeps them in float32.
@@ -29,8 +29,8 @@ from torch import Tensor
 from transfusion.model.mask import allow
 
 FULL = 0.8  # a group's shortest document is at least so long as this share of its longest
-WRITTEN_OUT = 1024  # positions of a document up to which all its scores are held in memory
-STRIP = 256  # queries that go together at most, with the keys that any of them sees
+WRITTEN_OUT = 1024  # positions of a document up to which the scores of its strips are held in memory
+STRIP = 256  # queries that go together at most, a multiple of 16
 FILLING = -2  # document of the positions that fill up a group; padding of rows is -1
 
 
@@ -82,8 +82,11 @@ def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tr
         inside = index < length[first:last, None]
         here = torch.where(inside, start[first:last, None] + index, S)  # [D, n]
         d, im, h = document[here], image[here], hidden[here]
-        q, k = ((x[:, None, :, None] for x in (d, im)), (x[:, None, None] for x in (d, im)))
-        strips.append(strips_of(allow(*q, index[:, None], *k, index[None], h[:, None, None], full)))
+        keys = (d[:, None, None], im[:, None, None], index, h[:, None, None])
+        strips.append([])
+        for part in slices(n):
+            queries = (d[:, None, part, None], im[:, None, part, None], index[part, None])
+            strips[-1].append(strip_of(part, allow(*queries, *keys, full)))
         groups.append((last - first, n))
         at.append(here.flatten())
     at = torch.cat(at)
@@ -91,18 +94,20 @@ def varlen_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tr
     return VarlenMask(place, at, groups, strips)
 
 
-def strips_of(allowed: Tensor) -> list[Strip]:
-    """The strips of a group whose documents' queries see the keys `allowed` [D, 1, n, n]."""
-    n, found = allowed.shape[-1], []
-    size = 16 * ceil(n / ceil(n / STRIP) / 16)  # about equal ones, in multiples that the kernels like
-    for first in range(0, n, size):
-        queries = slice(first, min(first + size, n))
-        keys = slice(0, int(allowed[:, 0, queries].any(0).any(0).nonzero()[-1]) + 1)
-        of_strip, bias = allowed[:, :, queries, keys], None
-        if n <= WRITTEN_OUT:
-            bias = torch.zeros_like(of_strip, dtype=torch.bfloat16).masked_fill_(~of_strip, -torch.inf)
-        found.append(Strip(queries, keys, of_strip, bias))
-    return found
+def slices(n: int) -> list[slice]:
+    """n queries in about equal strips, in multiples that the kernels like."""
+    size = 16 * ceil(n / ceil(n / STRIP) / 16)
+    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+
+def strip_of(queries: slice, allowed: Tensor) -> Strip:
+    """The strip of queries that of all n keys see those `allowed` [D, 1, queries, n]."""
+    n = allowed.shape[-1]
+    keys = slice(0, int(allowed.flatten(0, 2).any(0).nonzero()[-1]) + 1)
+    allowed, bias = allowed[..., keys].contiguous(), None
+    if n <= WRITTEN_OUT:
+        bias = torch.zeros_like(allowed, dtype=torch.bfloat16).masked_fill_(~allowed, -torch.inf)
+    return Strip(queries, keys, allowed, bias)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tensor:
@@ -119,13 +124,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: VarlenMask) -> Tenso
         return [part.unflatten(0, group).transpose(1, 2) for part, group in zip(split, mask.groups)]
 
     outs = [attend(*of_group) for of_group in zip(parts(q), parts(k), parts(v), mask.strips)]
-    out = torch.cat([q.new_zeros(0, H, q.shape[-1]), *(o.transpose(1, 2).flatten(0, 1) for o in outs)])  # [T, H, K]
+    out = torch.cat([q.new_zeros(0, H, q.shape[-1]), *(o.flatten(0, 1) for o in outs)])  # [T, H, K]
     rows = out.new_zeros(B * L + 1, *out.shape[1:]).index_copy(0, mask.at, out)[:-1]
     return rows.unflatten(0, (B, L)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, strips: list[Strip]) -> Tensor:
-    """Attention [D, H, n, K] within the documents of a group."""
+    """[D, n, H, K]: q [D, H, n, K] to k, v [D, G, n, K] within the documents of a group, strip by strip."""
     written_out = q.dtype == torch.bfloat16 and strips[0].bias is not None
     if written_out:
         q, k, v = q * q.shape[-1] ** -0.5, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -134,7 +139,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, strips: list[Strip]) -> Tensor:
         for strip in strips:
             qs, ks, vs = q[:, :, strip.queries], k[:, :, strip.keys], v[:, :, strip.keys]
             if written_out:
-                outs.append((qs @ ks.transpose(-1, -2)).add_(strip.bias).softmax(-1) @ vs)
+                out = (qs @ ks.transpose(-1, -2)).add_(strip.bias).softmax(-1) @ vs
             else:
-                outs.append(F.scaled_dot_product_attention(qs, ks, vs, strip.allowed, enable_gqa=True))
-    return torch.cat(outs, 2)
+                out = F.scaled_dot_product_attention(qs, ks, vs, strip.allowed, enable_gqa=True)
+            outs.append(out.transpose(1, 2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
