@@ -101,9 +101,8 @@ def test_a_stream_of_one_row_beside_one_of_more_takes_one_graph_more(graphs):
         run(engine.batching(), [(0, r) for r in asked])
         return [engine.read(r.answer) for r in asked]
 
-    for n, sizes in enumerate(
-        ([(2, 2), (1, 1)], [(2, 2), (1, 3)], [(2, 2), (2, 1)])
-    ):  # three positions fill up, one, two
+    three_fill_up, one, two = [(2, 2), (1, 1)], [(2, 2), (1, 3)], [(2, 2), (2, 1)]
+    for n, sizes in enumerate((three_fill_up, one, two)):
         for a, b in zip(drawn(fast, sizes), drawn(plain, sizes), strict=True):
             alike(a, b)
         assert len(graphs) == min(n + 1, 2), "torch asks itself whether a norm's rows are one"

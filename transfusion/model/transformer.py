@@ -269,9 +269,8 @@ class Transfusion(nn.Module):
             grid = place.flatten(0, 1)[patch_at, 2:]
             patches, skips = self.patches.encode(z.to(dtype), t, patch_image, grid, grids)
             h = h.flatten(0, 1).index_copy(0, patch_at, patches.to(h.dtype)).view_as(h)
-        c = (
-            self.config
-        )  # angles are found outside of the trunk: its graph would find them anew for each number of q and k
+        c = self.config
+        # outside of the trunk: its graph would find them anew for each number of q and k
         cos, sin = angles(place, c.head_dim, c.rope_base, c.rope_scaling)
         h = (trunk or self.trunk)(h, cos, sin, mask, patch_at, cache).flatten(0, 1)
         # heads compute only where something is asked for: text_at, and the patches
