@@ -16,6 +16,8 @@ from transfusion.codec.codec import PIXELS
 from transfusion.data.corpus import build_corpus
 from transfusion.data.documents import Corpus, DataConfig
 from transfusion.data.loader import Packer, load_batches
+from transfusion.diffusion.objective import DiffusionConfig
+from transfusion.loss import draw_noise
 from transfusion.sequence import NONE, Batch, Format
 from transfusion.tokenizer import load_tokenizer
 
@@ -72,6 +74,44 @@ def test_micro_batches_side_by_side_are_the_rows_of_the_whole_step(accumulate):
         first = np.cumsum([0, *(p.n_images for p in parts)])
         image = torch.cat([torch.where(p.image == NONE, NONE, p.image + int(n)) for p, n in zip(parts, first)])
         assert torch.equal(image, whole.image)
+
+
+def rows_of(batches: list[Batch]) -> dict[int, list[torch.Tensor]]:
+    """All that a row holds, noise included, by its number within the step."""
+    found = {}
+    for b in batches:
+        noise, images, patches = draw_noise(b, DiffusionConfig(), 0, 5), 0, 0
+        for r, n in enumerate(b.images_in_row):
+            size = sum(rows * columns for rows, columns in b.grids[images : images + n])
+            own = torch.where(b.image[r] == NONE, NONE, b.image[r] - images)
+            of_images = [x[images : images + n] for x in (b.t_max, noise.t)]
+            of_patches = [x[patches : patches + size].reshape(-1) for x in (b.patches, noise.eps)]
+            found[b.first_row + r] = [b.tokens[r], b.document[r], b.place[r], own, *of_images, *of_patches]
+            images, patches = images + n, patches + size
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_rows_that_one_rank_has(ranks, accumulate):
+    alone = replace(PACKER, rows=8, accumulate=accumulate)
+    of_ranks = [replace(alone, rank=rank, ranks=ranks).batches(5) for rank in range(ranks)]
+    whole = rows_of(alone.batches(5))
+    assert list(whole) == list(range(8)) and all(len(micro) == accumulate for micro in of_ranks)
+    together = {}
+    for micro in of_ranks:
+        for m, batch in enumerate(micro):
+            size = 8 // accumulate
+            assert len(batch.tokens) == size // ranks and m * size <= batch.first_row < (m + 1) * size
+        together |= rows_of(micro)
+    assert sorted(together) == list(range(8))  # no row twice: there are 8 in all
+    for row, parts in whole.items():
+        assert all(torch.equal(a, b) for a, b in zip(parts, together[row], strict=True))
+
+
+def test_rows_that_do_not_part_among_the_ranks_are_refused_with_a_number_that_does():
+    with pytest.raises(ValueError, match=r"train.rows = 4 .* train.accumulate = 2 .* 4 ranks: .* multiple of 8"):
+        replace(PACKER, accumulate=2, ranks=4)
 
 
 @pytest.mark.parametrize("start", [0, 3])

@@ -241,9 +241,9 @@ def poison(monkeypatch, steps: set[int]):
     """Makes the losses of these steps nan."""
     compute, draw, at = loop.losses, loop.draw_noise, []
 
-    def noise(batch, config, seed, step, row):
+    def noise(batch, config, seed, step):
         at.append(step)
-        return draw(batch, config, seed, step, row)
+        return draw(batch, config, seed, step)
 
     def losses(*inputs):
         lm, image = compute(*inputs)

@@ -26,13 +26,13 @@ class Noise(NamedTuple):
     eps: Tensor  # [N, P] standard normal
 
 
-def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int, first_row: int = 0) -> Noise:
-    """The noise of a batch whose rows are rows `first_row`... of step `step`: a function of (seed, step, row) alone."""
+def draw_noise(batch: Batch, config: DiffusionConfig, seed: int, step: int) -> Noise:
+    """The noise of a batch of step `step`: of each row a function of (seed, step, the row's number in the step)."""
     device = batch.patches.device
     generator = torch.Generator(device)
     u, eps = [torch.zeros(0, device=device)], [batch.patches.new_zeros(0, batch.patches.shape[1])]
     grids = iter(batch.grids)
-    for row, images in enumerate(batch.images_in_row, first_row):
+    for row, images in enumerate(batch.images_in_row, batch.first_row):
         if images:
             patches = sum(rows * columns for rows, columns in islice(grids, images))
             generator.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0] >> 1))

@@ -143,6 +143,7 @@ class Batch:
     patch_image: Tensor  # [N] int64, the image that each patch belongs to
     patches: Tensor  # [N, P] float32, clean
     t_max: Tensor  # [I] float32; 0 = given clean, without a loss
+    first_row: int  # number of its first row within the step
     n_images: int  # images with a loss, on the host, as what follows
     images_in_row: tuple[int, ...]  # [B]
     grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image's patches
@@ -263,8 +264,11 @@ def first_fit(lengths: Iterable[int], rows: int, seq_len: int) -> tuple[list[lis
     return placed, left_over
 
 
-def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
-    """The batch of packed rows; positions behind a row's last document are padding, which sees padding at most."""
+def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format, first_row: int = 0) -> Batch:
+    """The batch of packed rows, rows `first_row` ... of their step.
+
+    Positions behind a row's last document are padding, which sees padding at most.
+    """
     B, L = len(rows), seq_len
     tokens = np.full((B, L), fmt.special.pad, np.int64)
     document, image = np.full((B, L), NONE, np.int32), np.full((B, L), NONE, np.int32)
@@ -300,6 +304,7 @@ def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format) -> Batch:
         patch_image=tensor(flat_image[patch_at].astype(np.int64)),
         patches=tensor(np.concatenate(patches)) if patches else torch.zeros(0, 0),
         t_max=tensor(t_max),
+        first_row=first_row,
         n_images=int((t_max > 0).sum()),
         images_in_row=tuple(images_in_row),
         grids=tuple(grids),

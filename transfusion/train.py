@@ -117,14 +117,13 @@ def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: i
     lm_sum, image_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     for p in model.parameters():
         p.grad = None
-    row = 0
     for batch in micro:
         batch = batch.to(device)
-        noise = draw_noise(batch, config.diffusion, config.seed, step, row)
+        noise = draw_noise(batch, config.diffusion, config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.train.precision, device)):
             lm, image = losses(model, batch, noise, config.diffusion, config.train.z_loss)
         (lm / max(1, n_targets) + config.train.image_weight * image / max(1, n_images)).backward()
-        lm_sum, image_sum, row = lm_sum + lm.detach(), image_sum + image.detach(), row + len(batch.tokens)
+        lm_sum, image_sum = lm_sum + lm.detach(), image_sum + image.detach()
     return lm_sum, image_sum, clip_gradients(model, config.optim.clip)
 
 

@@ -31,6 +31,17 @@ class Packer:
     rows: int  # of the whole step
     seq_len: int
     accumulate: int = 1  # micro-batches that the rows of a step are split into
+    rank: int = 0  # which of `ranks` equal parts of each micro-batch to make
+    ranks: int = 1
+
+    def __post_init__(self):
+        parts = self.accumulate * self.ranks
+        if self.rows % parts:
+            raise ValueError(
+                f"train.rows = {self.rows} do not part into train.accumulate = {self.accumulate} micro-batches for "
+                f"each of {self.ranks} ranks: make train.rows a multiple of {parts}"
+            )
+        assert 0 <= self.rank < self.ranks, f"rank {self.rank} of {self.ranks}"
 
     @property
     def images_per_step(self) -> int:
@@ -41,7 +52,10 @@ class Packer:
         return max(1, int(share * self.rows * self.seq_len / self.corpus.image_document_length))
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step; the last of its documents, of any length, wait for an epoch if not all fit."""
+        """This rank's micro-batches of a step, with S = rows / accumulate: rows m S + r S / R ... of the m-th of all.
+
+        The last of the step's documents, of any length, wait for an epoch if not all fit.
+        """
         n = self.images_per_step
         images = [lay_out(self.corpus.image_document(self.seed, step * n + i), self.fmt) for i in range(n)]
         placed, left_over = first_fit(map(len, images), self.rows, self.seq_len)
@@ -56,8 +70,11 @@ class Packer:
                     k = step * self.rows + r
                     documents = self.corpus.text_documents(self.seed, k, room, self.seq_len - 1)
                     row.extend(lay_out(d, self.fmt) for d in documents)
-        size = self.rows // self.accumulate
-        return [collate(rows[i : i + size], self.seq_len, self.fmt) for i in range(0, self.rows, size)]
+        micro, own = self.rows // self.accumulate, self.rows // self.accumulate // self.ranks
+        return [
+            collate(rows[first : first + own], self.seq_len, self.fmt, first)
+            for first in range(self.rank * own, self.rows, micro)
+        ]
 
 
 class Steps(IterableDataset):
