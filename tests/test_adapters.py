@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_documents import folder_of_images
 from test_llama import TOKENS, begun, run_config, text_logits, write_llama
 from test_train import assert_same_runs, cut
@@ -23,6 +22,7 @@ from transfusion.optim import OptimConfig
 from transfusion.pretrained import load
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
 from transfusion.train import train
+from transfusion.weights import read_weights
 
 FROZEN = OptimConfig(lr=1e-2, warmup_steps=1, ema=0.5, freeze=("text", "image"))
 
@@ -161,9 +161,9 @@ def test_the_base_stays_to_the_bit_while_the_adapters_train_and_a_killed_run_goe
     config = replace(tiny, optim=replace(tiny.optim, freeze=freeze, name=optimizer))
     saved = train(config, tmp_path / "whole")
     assert "parameters train" in capsys.readouterr().out
-    base = load_file(latest_checkpoint(tmp_path / tiny.init / "checkpoints") / "ema.safetensors")
-    for file in ("model.safetensors", "ema.safetensors"):
-        after = load_file(saved / file)
+    base = read_weights(latest_checkpoint(tmp_path / tiny.init / "checkpoints"))
+    for averaged in (False, True):
+        after = read_weights(saved, averaged)
         assert {name for name in after if name not in base} == {name for name in after if is_adapter(name)}
         moved = {name for name in base if not torch.equal(base[name], after[name])}
         assert moved == {name for name in base if name.startswith("patches.") and "patches" not in freeze}
@@ -181,8 +181,8 @@ def test_an_export_is_one_plain_model_with_the_adapters_beside_it_and_they_start
     assert (pixels[0] - pixels[1]).abs().max() <= 1
     still = replace(tiny.optim, lr=1e-30, min_lr=0.0, weight_decay=0.0)
     again = replace(tiny, adapter=str(out / "adapters"), optim=still, train=replace(tiny.train, steps=1))
-    begun = load_file(train(again, tmp_path / "again") / "model.safetensors")
-    trained = load_file(latest_checkpoint(tmp_path / "run" / "checkpoints") / "ema.safetensors")
+    begun = read_weights(train(again, tmp_path / "again"), averaged=False)
+    trained = read_weights(latest_checkpoint(tmp_path / "run" / "checkpoints"))
     assert all(torch.equal(begun[name], trained[name]) for name in trained if is_adapter(name))
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_documents import folder_of_images
 from test_llama import text_logits, write_llama
 from test_train import assert_same_runs, cut
@@ -19,6 +18,7 @@ from transfusion.optim import OptimConfig
 from transfusion.pretrained import load
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
 from transfusion.train import train
+from transfusion.weights import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def with_paths(config: RunConfig, separate=SEPARABLE, **optim) -> RunConfig:
 @pytest.mark.parametrize("separate", [("ffn",), SEPARABLE], ids=str)
 def test_weights_that_patches_gain_begin_as_a_copy_and_are_named(tiny, tmp_path, capsys, separate):
     still = with_paths(tiny, separate, lr=1e-30, min_lr=0.0, weight_decay=0.0)
-    begun = load_file(train(replace(still, train=replace(tiny.train, steps=1)), tmp_path / "run") / "model.safetensors")
-    base = load_file(latest_checkpoint(tmp_path / tiny.init / "checkpoints") / "ema.safetensors")
+    begun = read_weights(train(replace(still, train=replace(tiny.train, steps=1)), tmp_path / "run"), averaged=False)
+    base = read_weights(latest_checkpoint(tmp_path / tiny.init / "checkpoints"))
     assert all(torch.equal(begun[name], base[text_twin(name) or name]) for name in begun)
     assert len(begun) > len(base)
     printed = capsys.readouterr().out
@@ -68,9 +68,9 @@ def test_a_frozen_text_path_reads_text_to_the_bit_as_before_while_images_are_lea
     with torch.no_grad():
         before = text_logits(load(tiny.init, "cpu").model, tokens)
         assert torch.equal(text_logits(load(tmp_path / "whole", "cpu").model, tokens), before)
-    base = load_file(latest_checkpoint(tmp_path / tiny.init / "checkpoints") / "ema.safetensors")
-    for file in ("model.safetensors", "ema.safetensors"):
-        after = load_file(saved / file)
+    base = read_weights(latest_checkpoint(tmp_path / tiny.init / "checkpoints"))
+    for averaged in (False, True):
+        after = read_weights(saved, averaged)
         still = {name for name in after if torch.equal(after[name], base[text_twin(name) or name])}
         assert still == {name for name in base if not name.startswith("patches.")}
     cut(config, tmp_path / "cut", [1, 3], monkeypatch)

@@ -384,12 +384,12 @@ def test_resuming_with_another_model_names_the_difference(config, run, capsys):
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_loaded(run, capsys):
-    file = latest_checkpoint(run / "checkpoints") / "ema.safetensors"
+    file = latest_checkpoint(run / "checkpoints") / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-10])
     assert main(["generate", str(run), "x"]) == 2
     assert "holds no checkpoint" in error_line(capsys)
     assert main(["generate", str(file.parent), "x"]) == 2
-    assert "ema.safetensors has" in error_line(capsys)
+    assert "__0_0.distcp has" in error_line(capsys)
 
 
 def test_exported_weights_of_another_model_are_not_loaded(trained, tmp_path, capsys):

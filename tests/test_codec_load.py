@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_train_codec import KL, VQ
 
-from transfusion.checkpoint import latest_checkpoint, load_weights
+from transfusion.checkpoint import latest_checkpoint
 from transfusion.codec.autoencoder import build_autoencoder
 from transfusion.codec.discriminator import DiscriminatorConfig
 from transfusion.codec.learned import AT_ONCE, by_parts, digest, learned_codec, tensor, to_bytes, to_tensor
@@ -19,6 +19,7 @@ from transfusion.data.crops import CropConfig
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig
 from transfusion.train_codec import CodecRunConfig, CodecTrainConfig, LossConfig, train_codec
+from transfusion.weights import load_weights
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_a_run_is_the_codec_of_its_averaged_weights(run):
     codec = load_codec(str(run))
     config = KL if codec.codes == 0 else VQ
     model = build_autoencoder(config).eval()
-    load_weights(model, step / "ema.safetensors", prefix="autoencoder.")
+    load_weights(model, step, prefix="autoencoder.")
     latent = model.latents(to_tensor(images(), CPU))
     z = codec.encode(images())
     np.testing.assert_allclose(z, latent.z.numpy(), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from test_documents import folder_of_images
 
 import transfusion
 from transfusion import pretrained
-from transfusion.checkpoint import latest_checkpoint
+from transfusion.checkpoint import latest_checkpoint, read_state, save_checkpoint
 from transfusion.data.documents import DataConfig
 from transfusion.export import export
 from transfusion.metrics import MetricsConfig
@@ -22,6 +22,7 @@ from transfusion.optim import OptimConfig
 from transfusion.pretrained import find, load
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
 from transfusion.train import train
+from transfusion.weights import load_weights, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def test_a_run_loads_as_the_averaged_weights_of_its_newest_checkpoint(run):
     newest = latest_checkpoint(run / "checkpoints")
     loaded = weights(transfusion.load(run, device="cpu"))
     assert newest.name == "step_00000003"
-    assert same(loaded, load_file(newest / "ema.safetensors"))
-    assert not same(loaded, load_file(newest / "model.safetensors"))
+    assert same(loaded, read_weights(newest))
+    assert not same(loaded, read_weights(newest, averaged=False))
 
 
 def test_a_checkpoint_loads_as_itself_wherever_one_stands(run, monkeypatch):
     older = run / "checkpoints" / "step_00000002"
-    want = load_file(older / "ema.safetensors")
+    want = read_weights(older)
     assert same(weights(load(older)), want) and same(weights(load(str(older))), want)
     monkeypatch.chdir(run / "checkpoints")
     assert same(weights(load("step_00000002")), want)
@@ -71,11 +72,12 @@ def test_a_run_without_an_average_loads_as_its_weights(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     newest = latest_checkpoint(copy / "checkpoints")
-    (newest / "ema.safetensors").unlink()
-    state = json.loads((newest / "state.json").read_text())
-    del state["files"]["ema.safetensors"]
-    (newest / "state.json").write_text(json.dumps(state))
-    assert same(weights(load(copy)), load_file(newest / "model.safetensors"))
+    engine, state = load(copy), read_state(newest)
+    load_weights(engine.model, newest, averaged=False)
+    later = save_checkpoint(
+        newest.parent, state["step"] + 1, model=engine.model, optimizers=[], state={"config": state["config"]}
+    ).result()
+    assert same(weights(load(copy)), read_weights(later)) and same(read_weights(later), read_weights(newest, False))
 
 
 def test_an_exported_folder_in_full_precision_is_the_model_to_the_bit_and_draws_the_same(run, tmp_path):

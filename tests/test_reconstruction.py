@@ -9,16 +9,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_run import write_tiny
+from tiny_run import stored, write_tiny
 
-from transfusion.checkpoint import EMA, latest_checkpoint
+from transfusion.checkpoint import latest_checkpoint
 from transfusion.cli import main
 from transfusion.codec.codec import PIXELS
 from transfusion.codec.load import load_codec
 from transfusion.data.crops import CropConfig, Crops
 from transfusion.evals import reconstruction
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
+from transfusion.shards import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,10 @@ def test_a_model_learns_to_draw_the_latents_of_a_codec_that_goes_with_it_and_no_
     with PIL.Image.open(tmp_path / "red-disc.png") as drawn:
         assert drawn.size == (16, 16)
     assert main(["export", str(run), str(tmp_path / "exported"), "--dtype", "fp32"]) == 0
-    weights = latest_checkpoint(codec / "checkpoints") / EMA
-    other = {name: x + (name == "autoencoder.decoder.conv_out.bias") for name, x in load_file(weights).items()}
-    save_file(other, weights)  # of another training
+    newest = latest_checkpoint(codec / "checkpoints")
+    other = {name: x + (name == "ema.autoencoder.decoder.conv_out.bias") for name, x in stored(newest).items()}
+    (newest / ".metadata").unlink()
+    write_shards(other, newest)  # of another training
     capsys.readouterr()
     assert main(["generate", str(run), "red disc", "--out", str(tmp_path)]) == 2
     assert "changed since the model learned its latents" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_documents import folder_of_images
+from tiny_run import stored
 
 from transfusion import config as configs
 from transfusion import train as loop
@@ -32,6 +32,7 @@ from transfusion.optim import OptimConfig
 from transfusion.run import RunConfig, SampleConfig, TrainConfig, same_codec
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
+from transfusion.weights import read_weights
 
 SPEEDS = ("images_per_second", "tokens_per_second")
 
@@ -73,11 +74,8 @@ def assert_same_runs(a: Path, b: Path):
     """Same last step, weights, average, optimizer, counters and records, to the last bit."""
     x, y = latest_checkpoint(a / "checkpoints"), latest_checkpoint(b / "checkpoints")
     assert x.name == y.name
-    for name in ("model.safetensors", "ema.safetensors"):
-        if (x / name).exists() or (y / name).exists():
-            assert same_tensors(load_file(x / name), load_file(y / name)), name
-    assert same_tensors(*(torch.load(c / "optimizer.pt", weights_only=True) for c in (x, y)))
-    assert read_state(x)["skipped"] == read_state(y)["skipped"]
+    assert same_tensors(stored(x), stored(y))
+    assert all(read_state(x)[key] == read_state(y)[key] for key in ("skipped", "optimizers"))
     assert records(a) == records(b)
 
 
@@ -129,13 +127,13 @@ def test_a_run_without_an_average_resumes_too_and_so_does_one_with_workers(tiny,
     train(config, tmp_path / "whole")
     cut(replace(config, data=replace(config.data, workers=2)), tmp_path / "cut", [3], monkeypatch)
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
-    assert not (latest_checkpoint(tmp_path / "cut" / "checkpoints") / "ema.safetensors").exists()
+    assert not any(name.startswith("ema.") for name in stored(latest_checkpoint(tmp_path / "cut" / "checkpoints")))
 
 
 def test_training_changes_the_weights_the_average_and_lowers_the_loss(tiny, tmp_path):
     saved = train(with_train(tiny, steps=60, save_every=0), tmp_path)
-    state, own = records(tmp_path), load_file(saved / "model.safetensors")
-    averages = load_file(saved / "ema.safetensors")
+    state, own = records(tmp_path), read_weights(saved, averaged=False)
+    averages = read_weights(saved)
     assert all(not torch.equal(own[name], averages[name]) for name in own)
     assert state[-1]["lm_loss"] < 0.7 * state[0]["lm_loss"]
     assert sum(r["image_loss"] for r in state[-10:]) < 0.9 * sum(r["image_loss"] for r in state[:10])
@@ -259,15 +257,15 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tiny, tmp_path,
     train(config, tmp_path)
     steps = [tmp_path / "checkpoints" / f"step_{n:08d}" for n in range(1, 9)]
     changed = [
-        not same_tensors(load_file(a / file), load_file(b / file))
-        for file in ("model.safetensors", "ema.safetensors")
+        not same_tensors(read_weights(a, averaged), read_weights(b, averaged))
+        for averaged in (False, True)
         for a, b in pairwise(steps)
     ]
     assert changed == [True, True, False, True, False, True, True] * 2
     assert [r["skipped"] for r in records(tmp_path)] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert [r["lm_loss"] is None for r in records(tmp_path)] == [n in (4, 6) for n in range(1, 9)]
     assert read_state(steps[-1])["skipped"] == 2
-    assert all(p.isfinite().all() for p in load_file(steps[-1] / "model.safetensors").values())
+    assert all(p.isfinite().all() for p in read_weights(steps[-1], averaged=False).values())
 
 
 def test_a_run_with_skipped_steps_resumes_bitwise_with_its_count(tiny, tmp_path, monkeypatch):
@@ -363,7 +361,7 @@ def test_a_run_with_init_begins_with_the_averaged_weights_of_that_model(tiny, tm
     # one step at a learning rate that changes no float32: the weights are those of step 0
     still = replace(tiny, init=str(tmp_path / "first"), optim=OptimConfig(lr=1e-30, min_lr=0.0, weight_decay=0.0))
     second = train(with_train(still, steps=1), tmp_path / "second")
-    begun, averaged = load_file(second / "model.safetensors"), load_file(first / "ema.safetensors")
+    begun, averaged = read_weights(second, averaged=False), read_weights(first)
     assert all(torch.equal(begun[name], averaged[name]) for name in averaged)
     assert "init:" not in capsys.readouterr().out
     flow = replace(still, diffusion=DiffusionConfig(prediction="flow"))
@@ -373,10 +371,10 @@ def test_a_run_with_init_begins_with_the_averaged_weights_of_that_model(tiny, tm
         with_train(replace(still, model=replace(tiny.model, refine_width=4)), steps=1), tmp_path / "refined"
     )
     assert "init: refine.conv_in.weight is not in" in capsys.readouterr().out
-    begun = load_file(refined / "model.safetensors")
+    begun = read_weights(refined, averaged=False)
     assert all(torch.equal(begun[name], averaged[name]) for name in averaged) and begun["refine.conv_in.weight"].any()
     fresh = train(with_train(replace(still, init=""), steps=1), tmp_path / "fresh")
-    assert not torch.equal(load_file(fresh / "model.safetensors")["output.weight"], averaged["output.weight"])
+    assert not torch.equal(read_weights(fresh, averaged=False)["output.weight"], averaged["output.weight"])
 
 
 def test_a_run_whose_init_does_not_fit_or_is_not_there_is_refused(tiny, tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_train import Stop, assert_same_runs, records
 
 from transfusion import config as configs
@@ -20,6 +19,7 @@ from transfusion.data.crops import CropConfig
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig
 from transfusion.train_codec import CodecRunConfig, CodecTrainConfig, codebook_use, train_codec
+from transfusion.weights import read_weights
 
 KL = CodecConfig("kl", 8, (1, 2), 1, groups=4, latent_channels=3)
 VQ = replace(KL, bottleneck="vq", latent_channels=8, codes=16, code_dim=4)
@@ -90,7 +90,7 @@ def test_training_lowers_the_error_and_leaves_config_sheets_and_averages(tiny, t
     saved = train_codec(config, tmp_path)
     lines = records(tmp_path)
     assert sum(r["l1"] for r in lines[-5:]) < share * sum(r["l1"] for r in lines[:5])
-    own, averages = (load_file(saved / f"{name}.safetensors") for name in ("model", "ema"))
+    own, averages = (read_weights(saved, averaged) for averaged in (False, True))
     moved = [not torch.equal(own[name], averages[name]) for name in own if name.startswith("autoencoder.encoder")]
     assert sum(moved) > 0.9 * len(moved)
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step_00000030.png", "step_00000060.png"]
@@ -153,7 +153,7 @@ def test_training_in_bf16_stays_near_training_in_fp32(tiny, tmp_path, codec):
 
 def test_a_run_without_a_discriminator_has_none(tiny, tmp_path):
     saved = train_codec(with_train(replace(tiny, loss=LossConfig(gan_weight=0.0)), steps=2), tmp_path)
-    assert not any(name.startswith("discriminator") for name in load_file(saved / "model.safetensors"))
+    assert not any(name.startswith("discriminator") for name in read_weights(saved, averaged=False))
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_harms_no_code(tiny, tmp_path, monkeypatch):
@@ -167,7 +167,9 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_harms_no_code(tiny, tmp
     monkeypatch.setattr(loop, "to_tensor", poisoned)
     train_codec(config, tmp_path)
     assert [r["skipped"] for r in records(tmp_path)] == [0, 0, 0, 1, 1, 1, 1, 1]
-    assert all(p.isfinite().all() for p in load_file(tmp_path / "checkpoints/step_00000004/model.safetensors").values())
+    assert all(
+        p.isfinite().all() for p in read_weights(tmp_path / "checkpoints/step_00000004", averaged=False).values()
+    )
 
 
 def test_a_finished_codec_run_is_not_begun_again_and_resuming_does_nothing(tiny, tmp_path):

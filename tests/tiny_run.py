@@ -5,7 +5,11 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
+
+from transfusion.shards import kinds, read_shards
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = {
@@ -107,3 +111,10 @@ def write_documents(folder: Path) -> Path:
             lines.append({"segments": [f"{a}, then", files[a], f"and {b}", files[b], "and no more"], "split": "train"})
     (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def stored(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by the names that they are stored under."""
+    tensors = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds(checkpoint).items()}
+    read_shards(tensors, checkpoint)
+    return tensors

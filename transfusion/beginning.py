@@ -21,6 +21,7 @@ from transfusion.model.transformer import Transfusion
 from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import RunConfig, load_own_tokenizer, resolve, with_parts, with_sizes
 from transfusion.tokenizer import Tokenizer, load_tokenizer
+from transfusion.weights import load_weights
 
 
 def prepare(config: RunConfig, codec: Codec, found: Path | None) -> tuple[RunConfig, Tokenizer]:
@@ -65,7 +66,7 @@ def take_run(model: Transfusion, config: RunConfig, tokenizer: Tokenizer) -> lis
     parts = [{k: configs.to_dict(c)[k] for k in ("model", "diffusion")} for c in (trained.config, config)]
     for line in checkpoint.differences(*parts):
         print(f"init: {line}")
-    return checkpoint.load_weights(model, trained.weights, partly=True)
+    return load_weights(model, trained.weights, partly=True)
 
 
 def take_llama(model: Transfusion, config: RunConfig, tokenizer: Tokenizer) -> list[str]:

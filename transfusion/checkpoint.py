@@ -1,9 +1,10 @@
 """Training checkpoints: a folder a step, which either is there and whole or is not there.
 
-    step_00001200/  model.safetensors   the weights
-                    ema.safetensors     their average, if one is kept (same names, so it loads as a model too)
-                    optimizer.pt        the optimizers' state dicts
-                    state.json          step, config, counters, versions, size of each file
+    step_00001200/  __0_0.distcp ... .metadata    weights, average and optimizer state, by the ranks that held them
+                    state.json                    step, config, counters, versions, size of each file
+
+    model.NAME        a weight                      optimizer.NAME.KEY   what an optimizer keeps of it
+    ema.NAME          its average, if one is kept
 
 Written under a .tmp- name, synced, then renamed: a crash at any moment leaves the old ones, and what it left half done
 is cleared by the next save. Resuming is bitwise: same weights, same optimizer state, and no random state to save.
@@ -14,17 +15,20 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+from transfusion.shards import Kind, agree, kinds, leads, read_shards, staged, write_shards
+from transfusion.weights import EMA, MODEL, fit, open_weights, weights
+
+OPTIMIZER, STATE = "optimizer.", "state.json"
 
 
 def save_checkpoint(
@@ -36,27 +40,69 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     state: dict[str, Any],
     keep: int = 0,
+    every: int = 0,
+    group: ProcessGroup | None = None,
+    wait: bool = True,
+) -> Future[Path]:
+    """The new checkpoint's path, once it is on disk and older ones are gone: beyond the last `keep` (0: all stay)
+    those whose step is no multiple of `every` (0: none is spared).
+
+    All ranks call it and hold their parts; with `group`, one that nothing else talks on, where they are several. Unless
+    `wait`, it returns as soon as copies are made, and writes while training goes on.
+    """
+    final = Path(folder) / f"step_{step:08d}"
+    tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in weights(model).items()}
+    if ema is not None:
+        tensors |= {f"{EMA}{name}": tensor for name, tensor in zip(trained_names(model), ema, strict=True)}
+    tensors |= {
+        f"{OPTIMIZER}{name}.{key}": tensor
+        for optimizer in optimizers
+        for name, p in named(optimizer)
+        for key, tensor in optimizer.state.get(p, {}).items()
+    }
+    record = {**state, "step": step, "optimizers": types(optimizers), "versions": versions()}
+    if wait:
+        done: Future[Path] = Future()
+        done.set_result(write(tensors, final, record, keep, every, group))
+        return done
+    pool = ThreadPoolExecutor(1, "checkpoint")
+    done = pool.submit(write, staged(tensors), final, record, keep, every, group)
+    pool.shutdown(wait=False)
+    return done
+
+
+def write(
+    tensors: dict[str, Tensor], final: Path, record: dict, keep: int, every: int, group: ProcessGroup | None
 ) -> Path:
-    """The new checkpoint's path, once it is on disk and older ones beyond `keep` (0: all stay) are gone."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp-*step_*"):
-        shutil.rmtree(stale)
-    final = folder / f"step_{step:08d}"
-    with atomic_folder(final) as tmp:
-        own = weights(model)
-        save_weights(own, tmp / MODEL)
-        if ema is not None:
-            names = [name for name, p in model.named_parameters() if p.requires_grad]  # frozen ones are their average
-            save_weights({**own, **dict(zip(names, ema, strict=True))}, tmp / EMA)
-        torch.save([{"type": type(o).__name__, "state": o.state_dict()} for o in optimizers], tmp / OPTIMIZER)
-        sizes = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
-        record = {**state, "step": step, "versions": versions(), "files": sizes}
-        (tmp / STATE).write_text(json.dumps(record, indent=1) + "\n")
+    """`final`, once it is there; on all ranks an OSError where one of them cannot write."""
+    folder, problem = final.parent, ""
+    try:
+        with ExitStack() as stack:
+            if leads():
+                folder.mkdir(parents=True, exist_ok=True)
+                for stale in folder.glob(".tmp-*step_*"):
+                    shutil.rmtree(stale)
+                stack.enter_context(atomic_folder(final))
+            agree("", group)  # nobody writes before the folder is there
+            tmp = temporary(final)
+            write_shards(tensors, tmp, group)
+            if leads():
+                sizes = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
+                (tmp / STATE).write_text(json.dumps({**record, "files": sizes}, indent=1) + "\n")
+        if leads():
+            prune(folder, step_of(final), keep, every)
+    except OSError as error:
+        problem = str(error)
+    agree(problem, group)
+    return final
+
+
+def prune(folder: Path, step: int, keep: int, every: int):
+    """Leaves the last `keep` checkpoints up to `step` (0: all) and those whose step is a multiple of `every`."""
     older = [path for path in checkpoints(folder) if step_of(path) < step]
     for path in older[: max(0, len(older) - keep + 1)] if keep else []:
-        shutil.rmtree(hide(path))
-    return final
+        if not every or step_of(path) % every:
+            shutil.rmtree(hide(path))
 
 
 def load_checkpoint(
@@ -67,44 +113,39 @@ def load_checkpoint(
     optimizers: list[torch.optim.Optimizer] | None = None,
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The saved state, after model, ema and optimizers took theirs, in place; ValueError if anything does not fit.
+    """The saved state, after model, ema and optimizers took theirs, in place, sharded as they are; ValueError, before
+    that, if anything does not fit.
 
     The optimizers' options (lr, weight decay) stay those of the present config. With config, an error also names
     the fields in which the saved one differs.
     """
-    state = read_state(path)
-    path = Path(path)
+    state, path = read_state(path), Path(path)
     hint = "".join(f"\n  config: {line}" for line in differences(state.get("config", {}), config or {})[:8] if config)
+    stored = kinds(path)
     try:
         own = weights(model)
-        loaded = matching(own, path / MODEL)
-        averages = ema_of(model, ema, own, path) if ema is not None else []
-        states = matching_optimizers(optimizers, path) if optimizers is not None else []
+        fit({name: tuple(tensor.shape) for name, tensor in own.items()}, open_weights(path, averaged=False), path)
+        wanted = {f"{MODEL}{name}": tensor.detach() for name, tensor in own.items()}
+        if ema is not None:
+            wanted |= averages(model, ema, stored, path)
+        states = [kept_of(o, stored, path) for o in optimizers or []]
+        if optimizers is not None:
+            same_optimizers(model, optimizers, state, stored, path)
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(loaded[name])
-        for tensor, value in zip(ema or [], averages):
-            tensor.copy_(value)
-    for optimizer, saved in zip(optimizers or [], states):
+    wanted |= {key: tensor for of_one in states for of_name in of_one.values() for key, tensor in of_name.items()}
+    read_shards(wanted, path)
+    for optimizer, of_one in zip(optimizers or [], states):
         # The groups are the live ones: a weight decay changed for the rest of the run must hold, not the saved one.
-        optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        live, names = optimizer.state_dict()["param_groups"], [name for name, _ in named(optimizer)]
+        numbers = [number for group in live for number in group["params"]]
+        took = {
+            number: {key.rpartition(".")[2]: tensor for key, tensor in of_one[name].items()}
+            for number, name in zip(numbers, names)
+            if of_one[name]
+        }
+        optimizer.load_state_dict({"state": took, "param_groups": live})
     return state
-
-
-def load_weights(model: nn.Module, file: str | Path, partly: bool = False, prefix: str = "") -> list[str]:
-    """Copies a .safetensors file (a checkpoint's model or ema, or an exported one) into the model, all or nothing.
-
-    `partly` lets the file lack weights, which keep their values; returns their names. With `prefix`, the model is a
-    part of the file's: only names that begin so are read.
-    """
-    own = weights(model)
-    loaded = matching(own, Path(file), partly, prefix)
-    with torch.no_grad():
-        for name, tensor in loaded.items():
-            own[name].copy_(tensor)
-    return [name for name in own if name not in loaded]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -116,12 +157,6 @@ def newest(folder: Path) -> Path | None:
     """The checkpoint that a run's folder, or a checkpoint's own, stands for; None if it holds none."""
     step = latest_checkpoint(folder / "checkpoints")
     return step or (folder if (folder / STATE).is_file() else None)
-
-
-def best_weights(step: Path) -> Path:
-    """The file of a checkpoint's averaged weights, or of its own where no average was kept."""
-    averaged = step / EMA
-    return averaged if averaged.is_file() else step / MODEL
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -153,7 +188,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> l
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A temporary folder to write into, which gets the name `final` when the block ends well, and goes if it fails."""
-    tmp = final.parent / f".tmp-{final.name}"
+    tmp = temporary(final)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
@@ -168,6 +203,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         raise
     if hidden:
         shutil.rmtree(hidden)
+
+
+def temporary(final: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return final.parent / f".tmp-{final.name}"
 
 
 def hide(path: Path) -> Path:
@@ -222,62 +262,61 @@ def versions() -> dict[str, str]:
     return {name: d.version for name in names for d in metadata.distributions(name=name)}
 
 
-# ---- tensors ----
+# ---- optimizers and averages ----
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and lasting buffers by name, a tied one once; they share the model's memory."""
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    once = {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in every or name in once}
+def trained_names(model: nn.Module) -> list[str]:
+    """Frozen weights are their own average."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def save_weights(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a .safetensors file."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+def averages(model: nn.Module, ema: list[Tensor], stored: dict[str, Kind], path: Path) -> dict[str, Tensor]:
+    """The averages by what they are stored as; ValueError where they are not."""
+    names = trained_names(model)
+    assert len(ema) == len(names), f"{len(ema)} averages for {len(names)} parameters"
+    if not any(key.startswith(EMA) for key in stored):
+        raise ValueError(f"{path} was saved without an average: resume without one (optim.ema=0)")
+    wanted = {f"{EMA}{name}": tensor for name, tensor in zip(names, ema)}
+    if lacking := [key for key in wanted if key not in stored]:
+        raise ValueError(f"{path} does not fit this run: it has no average of {lacking[0].removeprefix(EMA)}")
+    return wanted
 
 
-def matching(own: dict[str, Tensor], file: Path, partly: bool = False, prefix: str = "") -> dict[str, Tensor]:
-    """The file's tensors, on the CPU; ValueError names the first that is left over, of another shape, or, unless the
-    file may fill the model partly, missing."""
-    if not file.is_file():
-        raise ValueError(f"there is no {file}")
-    try:
-        loaded = load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    loaded = {name.removeprefix(prefix): tensor for name, tensor in loaded.items() if name.startswith(prefix)}
-    for name, tensor in own.items():
-        if name not in loaded and not partly:
-            raise ValueError(f"{file} does not fit this model: it has no {name}")
-        if name in loaded and loaded[name].shape != tensor.shape:
-            there, here = tuple(loaded[name].shape), tuple(tensor.shape)
-            raise ValueError(f"{file} does not fit this model: {name} is {there} there and {here} here")
-    for name in loaded:
-        if name not in own:
-            raise ValueError(f"{file} does not fit this model: it has {name}, which the model lacks")
-    return loaded
+def named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The parameters that it moves, in its order, with their names."""
+    return [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
 
 
-def ema_of(model: nn.Module, ema: list[Tensor], own: dict[str, Tensor], path: Path) -> list[Tensor]:
-    """The saved averages in the order of the model's trained parameters."""
-    if not (path / EMA).is_file():
-        raise ValueError(f"{path} has no {EMA}: it was saved without an average, so resume without one (optim.ema=0)")
-    loaded = matching(own, path / EMA)
-    averages = [loaded[name] for name, p in model.named_parameters() if p.requires_grad]
-    assert len(averages) == len(ema), f"{len(ema)} averages for {len(averages)} parameters"
-    return averages
+def types(optimizers: list[torch.optim.Optimizer]) -> list[str]:
+    return [type(o).__name__ for o in optimizers]
 
 
-def matching_optimizers(optimizers: list[torch.optim.Optimizer], path: Path) -> list[dict[str, Any]]:
-    """The saved state dicts; ValueError if they are of other optimizers or of other groups of parameters."""
-    saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    there, here = [s["type"] for s in saved], [type(o).__name__ for o in optimizers]
+def kept_of(optimizer: torch.optim.Optimizer, stored: dict[str, Kind], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Room, by parameter, for what the optimizer has kept of it, sharded as the parameter is."""
+    keys: dict[str, list[str]] = {name: [] for name, _ in named(optimizer)}
+    for key in stored:
+        name = key.removeprefix(OPTIMIZER).rpartition(".")[0]
+        if key.startswith(OPTIMIZER) and name in keys:
+            keys[name].append(key)
+    room = {}
+    for name, p in named(optimizer):
+        room[name] = {}
+        for key in keys[name]:
+            shape, dtype = stored[key]
+            whole = shape == tuple(p.shape)
+            room[name][key] = torch.zeros_like(p, dtype=dtype).detach() if whole else torch.zeros(shape, dtype=dtype)
+            if not whole and shape:
+                raise ValueError(f"{path} does not fit this run: {key} is {shape} there, {name} {tuple(p.shape)} here")
+    return room
+
+
+def same_optimizers(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict, stored: dict[str, Kind], path: Path
+):
+    """ValueError where others wrote the checkpoint, or for other parameters."""
+    there, here = state["optimizers"], types(optimizers)
     if there != here:
-        raise ValueError(f"{path / OPTIMIZER} is of {' + '.join(there)}, this run has {' + '.join(here)}")
-    states = [s["state"] for s in saved]
-    for kind, *both in zip(here, states, [o.state_dict() for o in optimizers]):
-        a, b = [[(g.get("param_names"), g["params"]) for g in x["param_groups"]] for x in both]
-        if a != b:
-            raise ValueError(f"{path / OPTIMIZER}: {kind} has other parameters or groups there than in this run")
-    return states
+        raise ValueError(f"{path} is of {' + '.join(there)}, this run has {' + '.join(here)}")
+    moved = {key.removeprefix(OPTIMIZER).rpartition(".")[0] for key in stored if key.startswith(OPTIMIZER)}
+    if not moved <= set(trained_names(model)):
+        raise ValueError(f"{path}: {' + '.join(here)} moved other parameters there than in this run: see optim.freeze")

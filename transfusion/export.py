@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from transfusion.adapters import merge, save_adapters
@@ -24,6 +24,7 @@ from transfusion.model.paths import is_adapter
 from transfusion.pretrained import CODEC, CONFIG, TOKENIZER, WEIGHTS, find
 from transfusion.run import RunConfig
 from transfusion.train_codec import CodecRunConfig
+from transfusion.weights import read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -93,8 +94,8 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or name another folder")
     parts = codec_parts(name) if holds_codec(name) else model_parts(name)
-    tensors = {key: value.to(DTYPES[dtype]) for key, value in parts.tensors.items()}
-    config, saved = parts.config, parts.weights.parent
+    tensors = {key: parts.tensors.pop(key).to(DTYPES[dtype]) for key in list(parts.tensors)}  # never all of it twice
+    config, saved = parts.config, parts.weights
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -136,7 +137,7 @@ def model_parts(name: str | Path) -> Parts:
     card = CARD.replace("{positions:,}", f"{config.train.rows * config.train.seq_len:,}")
     for field in ("text", "documents"):
         card = card.replace(f"{{{field}}}", ", ".join(getattr(config.data, field)) or "none")
-    tensors = load_file(weights)
+    tensors = read_weights(weights)
     codec, foreign = config.data.codec, local_folder(config.data.codec)
     if foreign or holds_codec(codec):
         config = replace(config, data=replace(config.data, codec=DIFFUSERS + CODEC if foreign else CODEC))
@@ -156,5 +157,5 @@ def codec_parts(name: str | Path) -> Parts:
     found = find_codec(name)
     weights, prefix = found.weights, found.prefix
     config = replace(from_dict(CodecRunConfig, found.config), out="", device="auto")
-    tensors = {key.removeprefix(prefix): x for key, x in load_file(weights).items() if key.startswith(prefix)}
+    tensors = {key.removeprefix(prefix): x for key, x in read_weights(weights).items() if key.startswith(prefix)}
     return Parts(weights, tensors, config, CODEC_CARD)

@@ -126,7 +126,7 @@ def save(run: Path, training: Training, config: dict, keep: int) -> Path:
     """The new checkpoint's path."""
     t, state = training, {"skipped": training.skipped, "config": config}
     parts = {"model": t.model, "ema": t.ema, "optimizers": t.optimizers}
-    return checkpoint.save_checkpoint(run / "checkpoints", t.step, **parts, state=state, keep=keep)
+    return checkpoint.save_checkpoint(run / "checkpoints", t.step, **parts, state=state, keep=keep).result()
 
 
 def every(interval: int, step: int) -> bool:

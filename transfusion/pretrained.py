@@ -20,6 +20,7 @@ from transfusion.generate import Engine
 from transfusion.model.transformer import build_model
 from transfusion.run import RunConfig, pick_device
 from transfusion.tokenizer import load_tokenizer
+from transfusion.weights import load_weights
 
 PRETRAINED = Path(__file__).parent / "assets" / "pretrained"
 CONFIG, WEIGHTS, TOKENIZER, CODEC = "config.json", "model.safetensors", "tokenizer.json", "codec"
@@ -64,7 +65,7 @@ def find(name: str | Path) -> Trained:
             f"{folder} holds no checkpoint and no {CONFIG}: it is no run, or the run has saved nothing yet"
         )
     config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
-    return Trained(config, checkpoint.best_weights(step), step.resolve().parents[1] / TOKENIZER)
+    return Trained(config, step, step.resolve().parents[1] / TOKENIZER)
 
 
 def load(name: str | Path, device: str = "auto", precision: str = "", compile: bool = False) -> Engine:
@@ -77,5 +78,5 @@ def load(name: str | Path, device: str = "auto", precision: str = "", compile: b
     if precision:
         config = replace(config, train=replace(config.train, precision=precision))
     model = build_model(config.model, torch.device(pick_device(device)))
-    checkpoint.load_weights(model, weights)
+    load_weights(model, weights)
     return Engine(model, load_tokenizer(str(tokenizer)), config, compile=compile)

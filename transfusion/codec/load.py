@@ -20,6 +20,7 @@ from transfusion.codec.codec import PIXELS, Codec
 from transfusion.codec.foreign import DIFFUSERS, diffusers_codec
 from transfusion.codec.learned import learned_codec
 from transfusion.config import from_dict
+from transfusion.weights import load_weights
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "codecs"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -42,7 +43,7 @@ def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
         return diffusers_codec(name, device)
     config, weights, prefix = find_codec(name)
     model = build_autoencoder(from_dict(CodecConfig, config["codec"]))
-    checkpoint.load_weights(model, weights, prefix=prefix)
+    load_weights(model, weights, prefix=prefix)
     return learned_codec(name, model.eval().requires_grad_(False).to(device))
 
 
@@ -64,7 +65,7 @@ def find_codec(name: str | Path) -> TrainedCodec:
     step = checkpoint.newest(folder)
     if step is None:
         raise ValueError(f"{folder} holds no checkpoint and no {CONFIG}: it is no codec, or has saved nothing yet")
-    return of_codec(folder, checkpoint.read_state(step)["config"], checkpoint.best_weights(step), PART)
+    return of_codec(folder, checkpoint.read_state(step)["config"], step, PART)
 
 
 def of_codec(folder: Path, config: dict[str, Any], weights: Path, prefix: str) -> TrainedCodec:
