@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transfusion.checkpoint import differences, load_weights
+from transfusion.checkpoint import differences
 from transfusion.cli import main
 from transfusion.codec.autoencoder import build_autoencoder
 from transfusion.codec.bottleneck import COMMITMENT
@@ -20,6 +20,7 @@ from transfusion.model.transformer import SEPARABLE, build_model, parameter_coun
 from transfusion.pretrained import find
 from transfusion.run import RunConfig, resolve
 from transfusion.train_codec import CodecRunConfig
+from transfusion.weights import load_weights
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CODECS = sorted(FOLDER.glob("codec-*.toml"))

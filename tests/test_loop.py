@@ -11,7 +11,7 @@ from transfusion.checkpoint import latest_checkpoint
 from transfusion.config import to_dict
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.metrics import MetricsConfig, read_records
-from transfusion.optim import OptimConfig, build_optimizers
+from transfusion.optim import OptimConfig, averaged, build_optimizers
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,16 @@ def plain_config(monkeypatch):
 
 
 def config(**train) -> SimpleNamespace:
-    intervals = {"steps": 7, "log_every": 1, "sample_every": 3, "save_every": 4, "max_bad_steps": 2, "keep": 9} | train
+    intervals = {
+        "steps": 7,
+        "log_every": 1,
+        "sample_every": 3,
+        "save_every": 4,
+        "max_bad_steps": 2,
+        "keep": 9,
+        "keep_every": 0,
+        "save_async": False,
+    } | train
     optim = OptimConfig(lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.0, ema=0.5)
     return SimpleNamespace(train=SimpleNamespace(**intervals), optim=optim, metrics=MetricsConfig(("jsonl",)))
 
@@ -41,13 +50,17 @@ def run(folder, c, resume=False):
         model.weight.grad = torch.sign(model.weight.detach() - batch)
         return Step(model.weight.grad.norm(), {"images": 2}, lambda: {"loss": float(batch)})
 
+    def sample(path):
+        with averaged(model, training.ema):
+            sampled.append((path.name, model.weight.item()))
+
     saved = run_steps(
         folder,
         c,
         training,
         (10.0 * s for s in range(training.step, c.train.steps)),
         compute,
-        lambda path: sampled.append((path.name, model.weight.item())),
+        sample,
     )
     return saved, sampled, computed, model, training
 

@@ -108,6 +108,7 @@ def test_set_lr_gives_muon_its_own():
     assert set_lr(optimizers, 0, 10, config) == 0.5
     assert [g["lr"] for g in muon.param_groups] == [2.0] and [g["lr"] for g in adamw.param_groups] == [0.5, 0.5]
     same = OptimConfig(name="muon", lr=1.0, min_lr=0.0, warmup_steps=2)
+    muon, _ = optimizers = build_optimizers(toy(), same)
     set_lr(optimizers, 0, 10, same)
     assert muon.param_groups[0]["lr"] == 0.5
 

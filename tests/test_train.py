@@ -97,10 +97,10 @@ def cut(config: RunConfig, run: Path, steps: list[int], monkeypatch):
 
     for at in steps:
 
-        def dying(model, micro, config, step, at=at):
+        def dying(model, micro, config, step, of_step, at=at):
             if step == at:
                 raise Stop
-            return compute(model, micro, config, step)
+            return compute(model, micro, config, step, of_step)
 
         monkeypatch.setattr(loop, "gradients", dying)
         with pytest.raises(Stop):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from transfusion.shards import Kind, agree, kinds, leads, read_shards, staged, write_shards
-from transfusion.weights import EMA, MODEL, fit, open_weights, weights
+from transfusion.weights import EMA, MODEL, fit, open_weights, trained_names, weights
 
 OPTIMIZER, STATE = "optimizer.", "state.json"
 
@@ -263,11 +263,6 @@ def versions() -> dict[str, str]:
 
 
 # ---- optimizers and averages ----
-
-
-def trained_names(model: nn.Module) -> list[str]:
-    """Frozen weights are their own average."""
-    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def averages(model: nn.Module, ema: list[Tensor], stored: dict[str, Kind], path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import get_origin
@@ -21,6 +22,7 @@ from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
+from transfusion.parallel import leads
 from transfusion.plan import plan
 from transfusion.pretrained import load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
@@ -169,9 +171,10 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
 def run_train(args):
     config = load_config(RunConfig, args.config, args.overrides)
     run = Path(config.out or Path("runs") / Path(args.config).stem)
-    print(f"run folder: {run}")
-    saved = train(config, run, args.resume)
-    print(f'saved {saved}\ntry:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
+    with nullcontext() if leads() else redirect_stdout(None):  # of many ranks one says what there is to say
+        print(f"run folder: {run}")
+        saved = train(config, run, args.resume)
+        print(f'saved {saved}\ntry:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
 
 
 def run_train_codec(args):

@@ -9,8 +9,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,17 @@ from torch import Tensor, nn
 from transfusion import checkpoint
 from transfusion import config as configs
 from transfusion.metrics import Run, open_metrics
-from transfusion.optim import averaged, init_ema, set_lr, update_ema
+from transfusion.optim import init_ema, set_lr, update_ema
+from transfusion.parallel import ALONE, Ranks
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Step(NamedTuple):
     """What a step computed, before the weights move."""
 
     finite: Tensor  # [] any finite number, or the step is skipped: the gradients' norm does, plus the losses
-    counts: dict[str, int]  # what it trained on, by unit; logged as UNIT_per_second
+    counts: dict[str, float]  # what it trained on, by unit, over all ranks; logged as UNIT_per_second
     numbers: Callable[[], dict[str, float]]  # called where the step is logged, as it waits for the device
 
 
@@ -41,6 +45,7 @@ class Training:
     step: int = 0  # steps behind it
     skipped: int = 0
     saved: Path | None = None  # the newest checkpoint
+    saving: Future[Path] | None = None  # the one that is being written
 
 
 def find_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -73,17 +78,21 @@ def run_steps(
     batches: Iterable,
     compute: Callable[[int, Any], Step],
     sample: Callable[[Path], None],
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Trains to the last step, or to a signal, and returns the newest checkpoint.
 
     Of the config it reads `train` (steps and intervals), `optim` and `metrics`; `batches` begin with the next step's.
+    All ranks come along: the same steps for all, logged by the one that leads; a signal to one of them stops all.
     """
     c, t = config.train, training
     resolved, since = configs.to_dict(config), time.perf_counter()
     bad_in_a_row, done, counts = 0, t.step, Counter()
     folder = Run(run, t.step, c.steps, resolved, config.metrics.wandb_project)
-    with open_metrics(config.metrics, folder) as log, stop_signals() as stopped:
+    metrics = config.metrics if ranks.leads else replace(config.metrics, sinks=())
+    with open_metrics(metrics, folder) as log, stop_signals() as stopped:
         for step, batch in enumerate(batches, t.step):
+            ranks.alive()
             lr = set_lr(t.optimizers, step, c.steps, config.optim)
             finite, n, numbers = compute(step, batch)
             if torch.isfinite(finite):
@@ -96,7 +105,8 @@ def run_steps(
                 t.skipped, bad_in_a_row = t.skipped + 1, bad_in_a_row + 1
             done = t.step = step + 1
             counts.update(n)
-            last = done == c.steps or bool(stopped)
+            stop = ranks.most(bool(stopped)) == [1]
+            last = done == c.steps or stop
             if every(c.log_every, done) or last or bad_in_a_row:
                 seconds = time.perf_counter() - since
                 speeds = {f"{unit}_per_second": number / seconds for unit, number in counts.items()}
@@ -110,23 +120,33 @@ def run_steps(
                 )
             paused = time.perf_counter()
             if every(c.sample_every, done):
-                with averaged(t.model, t.ema) if t.ema is not None else nullcontext():
-                    sample(run / "samples" / f"step_{done:08d}.png")
+                sample(run / "samples" / f"step_{done:08d}.png")
             if every(c.save_every, done) or last:
-                t.saved = save(run, t, resolved, c.keep)
+                save(run, t, resolved, c, ranks)
+            if t.saving and (last or t.saving.done()):
+                settle(t)
             since += time.perf_counter() - paused  # sheets and checkpoints are no training
             if last:
                 break
-    if stopped:
-        print(f"stopped by {stopped[0]} at step {done} of {c.steps}; --resume goes on from {t.saved}")
+    if done < c.steps:
+        by = stopped[0] if stopped else "another rank's signal"
+        print(f"stopped by {by} at step {done} of {c.steps}; --resume goes on from {t.saved}")
     return t.saved
 
 
-def save(run: Path, training: Training, config: dict, keep: int) -> Path:
-    """The new checkpoint's path."""
+def save(run: Path, training: Training, config: dict, c: Any, ranks: Ranks):
+    """Writes a checkpoint, or begins to: one after the other."""
     t, state = training, {"skipped": training.skipped, "config": config}
+    settle(t)
     parts = {"model": t.model, "ema": t.ema, "optimizers": t.optimizers}
-    return checkpoint.save_checkpoint(run / "checkpoints", t.step, **parts, state=state, keep=keep).result()
+    how = {"keep": c.keep, "every": c.keep_every, "group": ranks.saving, "wait": not c.save_async}
+    t.saving = checkpoint.save_checkpoint(run / "checkpoints", t.step, **parts, state=state, **how)
+
+
+def settle(training: Training):
+    """Waits for the checkpoint that is being written, and raises what kept it from being."""
+    if training.saving:
+        training.saved, training.saving = training.saving.result(), None
 
 
 def every(interval: int, step: int) -> bool:
@@ -134,7 +154,7 @@ def every(interval: int, step: int) -> bool:
 
 
 class stop_signals(AbstractContextManager):
-    """Inside: SIGINT and SIGTERM fill the list instead of killing; a second one kills."""
+    """Inside: SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) fill the list instead of killing; a second one kills."""
 
     def __enter__(self) -> list[str]:
         received: list[str] = []
@@ -143,7 +163,7 @@ class stop_signals(AbstractContextManager):
             received.append(signal.Signals(number).name)
             signal.signal(number, self.before[number])
 
-        self.before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, receive) for s in STOPS}
         return received
 
     def __exit__(self, *error):

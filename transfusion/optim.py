@@ -8,9 +8,10 @@ Defaults are the paper's (section 3.2): AdamW, betas .9 / .95, eps 1e-8, weight 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,13 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
         raise ValueError(f"optim.freeze = {list(parts)} leaves nothing to train: take one of them out")
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or [Muon, AdamW]; each trainable parameter is in one group, those of 2 or more dimensions decay."""
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, muon_type: Callable[..., Any] = torch.optim.Muon
+) -> list[torch.optim.Optimizer]:
+    """AdamW, or [Muon, AdamW]; each trainable parameter is in one group, those of 2 or more dimensions decay.
+
+    `muon_type` stands for torch's where matrices are spread over ranks (parallel.py).
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [(name, p) for name, p in named if config.name == "muon" and is_layer_matrix(name, p)]
     taken = {name for name, _ in muon}
@@ -105,13 +111,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         if not muon:
             raise ValueError("optim.name = muon, but no matrix of the layers trains: set optim.name=adamw")
         lr = config.muon_lr or config.lr
-        optimizers += [torch.optim.Muon(muon, lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
-    if not groups:
-        return optimizers
-    # One kernel for all parameters; where torch has none for the device, it picks its own loop (fused=None).
-    fused = True if {p.device.type for _, p in rest} <= {"cpu", "cuda", "mps"} else None
-    adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=fused)
-    return [*optimizers, adamw]
+        optimizers += [muon_type(muon, lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    if groups:
+        # One kernel for all parameters; where torch has none for the device, it picks its own loop (fused=None).
+        fused = True if {p.device.type for _, p in rest} <= {"cpu", "cuda", "mps"} else None
+        optimizers += [torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=fused)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # torch's name for what a schedule multiplies
+    return optimizers
 
 
 def is_layer_matrix(name: str, p: Tensor) -> bool:
@@ -133,9 +141,8 @@ def set_lr(optimizers: list[torch.optim.Optimizer], step: int, steps: int, confi
     """The lr of this step, after every group got it (Muon's its own)."""
     share = lr_at(step, steps, config)
     for optimizer in optimizers:
-        lr = config.muon_lr or config.lr if isinstance(optimizer, torch.optim.Muon) else config.lr
         for group in optimizer.param_groups:
-            group["lr"] = lr * share
+            group["lr"] = group["initial_lr"] * share
     return config.lr * share
 
 
@@ -143,6 +150,7 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     """The gradients' norm before they were scaled down to clip (0: not at all), a scalar still on its device."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients spread over ranks
     if clip:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return norm
@@ -174,8 +182,14 @@ def update_ema(ema: list[Tensor], model: nn.Module, step: int, decay: float) -> 
 
 
 @contextmanager
-def averaged(model: nn.Module, ema: list[Tensor]) -> Iterator[nn.Module]:
-    """The model with the averaged weights inside the block, by reference: no copy, and its own ones back after it."""
+def averaged(model: nn.Module, ema: list[Tensor] | None) -> Iterator[nn.Module]:
+    """The model with the averaged weights inside the block, by reference: no copy, and its own ones back after it.
+
+    Without an average, with its own.
+    """
+    if ema is None:
+        yield model
+        return
     parameters = trained(model)
     assert len(parameters) == len(ema), f"{len(ema)} averages for {len(parameters)} parameters"
     own = [p.data for p in parameters]

@@ -21,6 +21,7 @@ from transfusion.metrics import MetricsConfig
 from transfusion.model.float8 import MULTIPLE
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
+from transfusion.parallel import ParallelConfig
 from transfusion.sequence import Format
 from transfusion.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,7 +47,9 @@ class TrainConfig:
     log_every: int = 10  # steps, as all that follow; 0 = never
     sample_every: int = 0
     save_every: int = 500
-    keep: int = 2  # checkpoints
+    keep: int = 2  # checkpoints, and those whose step is a multiple of
+    keep_every: int = 0  # 0 = of none
+    save_async: bool = False  # write checkpoints while training goes on, from a copy in the host's memory
     max_bad_steps: int = 5  # stop after so many non-finite steps in a row
 
     def __post_init__(self):
@@ -109,6 +112,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         if self.model.lora.r:

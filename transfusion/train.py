@@ -5,10 +5,12 @@ batch -> noise -> losses -> backward -> clip,      each a function of (config, s
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,26 +30,39 @@ from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.float8 import use_float8
 from transfusion.model.transformer import Transfusion, build_model
-from transfusion.optim import build_optimizers, clip_gradients, freeze, trained
+from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, trained
+from transfusion.parallel import Muon, Ranks, gather, is_restarted, join, scatter, shard
 from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import RunConfig, format_of, pick_device, same_codec, uses_bf16, uses_float8
 from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
+from transfusion.tokenizer import Tokenizer
+from transfusion.weights import trained_names, weights
 
 CALIBRATION_STEPS = 8
 SAMPLED = 12  # captions on a sample sheet
 
 
 def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
-    """Trains the run to its last step, or to a signal, and returns its newest checkpoint."""
-    found = find_checkpoint(run, resume)
-    device = torch.device(pick_device(config.device))
-    float8 = uses_float8(config.train, device)
+    """Trains the run to its last step, or to a signal, and returns its newest checkpoint.
+
+    Under torchrun all ranks call it; one that torchrun has started again goes on from where the run was.
+    """
+    found = find_checkpoint(run, resume or is_restarted())
+    with join(config.parallel, pick_device(config.device)) as ranks:
+        return train_with(ranks, config, run, found)
+
+
+def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -> Path:
+    """Trains the run from the checkpoint `found`, or from its beginning."""
+    device = ranks.device
+    float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
     same_codec(codec, config.data)
-    corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
+    with ranks.lead_first():  # it encodes images, the others find them encoded
+        corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
@@ -59,61 +74,120 @@ def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
         f"held out: {held_out} images, {documents['held_out']} documents, {len(corpus.held_out_text)} texts"
     )
 
-    model = build_model(config.model, device)
+    c = config.train
+    model = build_model(config.model, "meta" if ranks.mesh else device)
     freeze(model, config.optim.freeze)
     if config.optim.freeze:
         n, all_n = (sum(p.numel() for p in ps) for ps in (trained(model), model.parameters()))
         print(f"{n:,} of {all_n:,} parameters train")
     if float8:
         use_float8(model.layers)
-    if config.train.compile:
+    if c.compile:
         model.compile_layers()
-    optimizers = build_optimizers(model, config.optim)
-    packer = Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
+    if ranks.mesh:
+        shard(model, ranks, bf16)
+    muon = Muon if ranks.mesh else torch.optim.Muon
+    optimizers = build_optimizers(model, config.optim, muon)
+    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.accumulate, ranks.rank, ranks.size)
     if found:
         same_tokens(run, run / TOKENIZER, tokenizer)
         config = match_steps(config, checkpoint.read_state(found))
         training = restore(found, model, optimizers, config)
     else:
-        if not config.train.steps:
-            seconds = seconds_per_step(model, optimizers, packer, config)
-            steps = max(1, int(60 * config.train.minutes / seconds))
-            print(f"{seconds:.3f} s a step: {steps} steps in {config.train.minutes:g} minutes")
-            config = replace(config, train=replace(config.train, steps=steps))
-            optimizers = build_optimizers(model, config.optim)
-        begin(model, config, tokenizer)
+        fresh(model, config, tokenizer, ranks)
+        if not c.steps:
+            seconds = seconds_per_step(model, optimizers, packer, config, ranks)
+            steps = max(1, int(60 * c.minutes / seconds))
+            print(f"{seconds:.3f} s a step: {steps} steps in {c.minutes:g} minutes")
+            config = replace(config, train=replace(c, steps=steps))
+            optimizers = build_optimizers(model, config.optim, muon)
+            with redirect_stdout(None):  # it has said what there is to say
+                fresh(model, config, tokenizer, ranks)
         training = start(model, optimizers, config)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.toml").write_text(configs.to_toml(config))
-    tokenizer.save(run / TOKENIZER)
-    (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
+    if ranks.leads:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(configs.to_toml(config))
+        tokenizer.save(run / TOKENIZER)
+        (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
     def compute(step: int, micro: list[Batch]) -> Step:
-        lm, image, norm = gradients(model, micro, config, step)
-        n_targets, n_images = sum(b.n_targets for b in micro), sum(b.n_images for b in micro)
+        of_step = Counts(*ranks.total(*counts(micro)))
+        lm, image, norm = gradients(model, micro, config, step, of_step)
+        lm, image = ranks.add(torch.stack([lm, image]))
 
         def numbers() -> dict[str, float]:
             return {
-                "lm_loss": lm.item() / max(1, n_targets),
-                "image_loss": image.item() / n_images if n_images else math.nan,
+                "lm_loss": lm.item() / max(1, of_step.targets),
+                "image_loss": image.item() / of_step.images if of_step.images else math.nan,
                 "grad_norm": norm.item(),
             }
 
-        counts = {"tokens": sum(b.tokens.numel() for b in micro)} | ({"images": n_images} if n_images else {})
-        return Step(norm + lm + image, counts, numbers)
+        seen = {"tokens": of_step.positions} | ({"images": of_step.images} if of_step.images else {})
+        return Step(norm + lm + image, seen, numbers)
 
     def sample(path: Path):
-        draw_samples(model, tokenizer, config, corpus, path)
+        with whole(model, training.ema, config, ranks) as drawing:
+            if ranks.leads:
+                draw_samples(drawing, tokenizer, config, corpus, path)
 
     workers, pinned = config.data.workers, device.type == "cuda"
     batches = load_batches(packer, training.step, config.train.steps, workers, pin_memory=pinned)
-    return run_steps(run, config, training, batches, compute, sample)
+    return run_steps(run, config, training, batches, compute, sample, ranks)
 
 
-def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(LM loss sum, image loss sum, gradient norm) of a step; leaves the clipped gradients in the model."""
+def fresh(model: Transfusion, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks):
+    """Gives the model the weights of step 0, drawn on a CPU: the same on any device, for any number of ranks."""
+    if ranks.mesh is None and ranks.device.type == "cpu":
+        begin(model, config, tokenizer)
+        return
+    drawn = None
+    if ranks.leads:
+        drawn = build_model(config.model, "meta").to_empty(device="cpu")
+        begin(drawn, config, tokenizer)
+    scatter(drawn, model)
+
+
+@contextmanager
+def whole(model: Transfusion, ema: list[Tensor] | None, config: RunConfig, ranks: Ranks) -> Iterator[Transfusion]:
+    """The averaged model, to draw with; where it is spread over ranks a whole copy, on the rank that leads."""
+    if ranks.mesh is None:
+        with averaged(model, ema):
+            yield model
+        return
+    averages = dict(zip(trained_names(model), ema or []))
+    found = gather(weights(model) | averages, ranks)
+    drawing = build_model(config.model, "meta")
+    if ranks.leads:
+        drawing.to_empty(device=ranks.device)
+        scatter_into = weights(drawing)
+        with torch.no_grad():
+            for name, tensor in found.items():
+                scatter_into[name].copy_(tensor)
+    yield drawing
+    ranks.wait()
+
+
+class Counts(NamedTuple):
+    """What micro-batches hold."""
+
+    targets: float  # of the text
+    images: float  # to be learned
+    positions: float
+
+
+def counts(micro: list[Batch]) -> Counts:
+    return Counts(*map(sum, zip(*((b.n_targets, b.n_images, b.tokens.numel()) for b in micro))))
+
+
+def gradients(
+    model: Transfusion, micro: list[Batch], config: RunConfig, step: int, of_step: Counts | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(LM loss sum, image loss sum, gradient norm) of these micro-batches; leaves the clipped gradients in the model.
+
+    Where they are a rank's part of the step, `of_step` are the counts of all ranks; the norm is of all ranks anyway.
+    """
+    of_step = of_step or counts(micro)
     device = model.norm.weight.device
-    n_targets, n_images = sum(b.n_targets for b in micro), sum(b.n_images for b in micro)
     lm_sum, image_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     for p in model.parameters():
         p.grad = None
@@ -122,21 +196,30 @@ def gradients(model: Transfusion, micro: list[Batch], config: RunConfig, step: i
         noise = draw_noise(batch, config.diffusion, config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.train.precision, device)):
             lm, image = losses(model, batch, noise, config.diffusion, config.train.z_loss)
-        (lm / max(1, n_targets) + config.train.image_weight * image / max(1, n_images)).backward()
+        if of_step.images and not batch.grids:
+            image = image + nothing_of(model)
+        (lm / max(1, of_step.targets) + config.train.image_weight * image / max(1, of_step.images)).backward()
         lm_sum, image_sum = lm_sum + lm.detach(), image_sum + image.detach()
     return lm_sum, image_sum, clip_gradients(model, config.optim.clip)
 
 
-def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, config: RunConfig) -> float:
-    """Median seconds of a step here and now; moves the weights, which the caller draws anew."""
+def nothing_of(model: Transfusion) -> Tensor:
+    """0, with a gradient of zeros for what only images go through: ranks add up gradients of the same weights."""
+    parts = [m for m in (model.patches, model.refine) if m is not None]
+    return sum((0 * p.sum() for m in parts for p in m.parameters() if p.requires_grad), torch.zeros(()))
+
+
+def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, config: RunConfig, ranks: Ranks) -> float:
+    """Median seconds of a step here and now, of the slowest rank; moves the weights, which the caller draws anew."""
     seconds = []
     for step in range(CALIBRATION_STEPS):
         start = time.perf_counter()
-        gradients(model, packer.batches(step), config, step)[2].item()
+        micro = packer.batches(step)
+        gradients(model, micro, config, step, Counts(*ranks.total(*counts(micro))))[2].item()
         for optimizer in optimizers:
             optimizer.step()
         seconds.append(time.perf_counter() - start)
-    return median(seconds[2:])  # the first ones compile
+    return ranks.most(median(seconds[2:]))[0]  # the first ones compile
 
 
 def with_statistics(config: RunConfig, codec: Codec, found: Path | None) -> RunConfig:

@@ -24,7 +24,7 @@ from transfusion.codec.loss import LossConfig, Networks, build_distances, gradie
 from transfusion.data.crops import CropConfig, Crops, build_crops
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.metrics import MetricsConfig
-from transfusion.optim import OptimConfig, build_optimizers, clip_gradients
+from transfusion.optim import OptimConfig, averaged, build_optimizers, clip_gradients
 from transfusion.run import PRECISIONS, pick_device, uses_bf16
 from transfusion.sheet import contact_sheet
 
@@ -41,7 +41,9 @@ class CodecTrainConfig:
     log_every: int = 10  # steps, as all that follow; 0 = never
     sample_every: int = 0
     save_every: int = 500
-    keep: int = 2  # checkpoints
+    keep: int = 2  # checkpoints, and those whose step is a multiple of
+    keep_every: int = 0  # 0 = of none
+    save_async: bool = False  # write checkpoints while training goes on, from a copy in the host's memory
     max_bad_steps: int = 5  # stop after so many non-finite steps in a row
 
     def __post_init__(self):
@@ -130,7 +132,8 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
         return Step(norm, {"images": len(images)}, numbers)
 
     def sample(path: Path):
-        draw_samples(networks.autoencoder, crops, autocast, path)
+        with averaged(networks, training.ema):
+            draw_samples(networks.autoencoder, crops, autocast, path)
 
     batches = (crops.batch(config.seed, step, c.batch) for step in range(training.step, c.steps))
     return run_steps(run, config, training, batches, compute, sample)

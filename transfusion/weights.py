@@ -32,6 +32,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in every or name in once}
 
 
+def trained_names(model: nn.Module) -> list[str]:
+    """The parameters that train, in the model's order: those that have an average, frozen ones being their own."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 def load_weights(
     model: nn.Module, path: Path, partly: bool = False, prefix: str = "", averaged: bool = True
 ) -> list[str]:

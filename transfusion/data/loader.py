@@ -93,7 +93,7 @@ class Steps(IterableDataset):
 
 def outlive_signals(worker: int):
     """A Ctrl-C reaches the workers too, but the training process still wants their batches: they end when it does."""
-    for s in (signal.SIGINT, signal.SIGTERM):
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(s, signal.SIG_IGN)
 
 

@@ -1,0 +1,275 @@
+"""Many processes, the ranks, train one model: who computes what, who holds what, and what they tell each other.
+
+    torchrun --nproc-per-node 4 -m transfusion.cli train CONFIG
+
+    rank       0          1          2          3
+    rows       0 .. 7     8 .. 15    16 .. 23   24 .. 31     each computes rows of its own ...
+    weights    0 .. 1/4   .. 1/2     .. 3/4     .. 1         ... and holds a part of each weight, of its gradient, its
+                                                             moments and its average: FSDP. A layer is gathered where
+                                                             it computes, in bfloat16; gradients are added in float32
+               0 .. 1/2   .. 1       0 .. 1/2   .. 1         with parallel.shards = 2: each part is held twice, and
+                                                             gathered from fewer ranks: HSDP
+
+Losses are sums, which every rank divides by the counts of the whole step: so gradients just add up, however text and
+images are spread over the ranks. The model knows nothing of all this, and one process alone passes through none of it.
+PyTorch FSDP: Zhao et al. 2023, arXiv 2304.11277.
+"""
+
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from transfusion.weights import weights
+
+CPU = torch.device("cpu")
+SLACK = 60  # seconds that a collective waits longer than a step may take: so that all ranks say where they stand
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ranks there are is torchrun's to say."""
+
+    shards: int = 0  # ranks that a weight is spread over; 0 = all
+    timeout: float = 1800.0  # seconds that a step may take, or what comes between two, before all ranks give up
+
+    def __post_init__(self):
+        if self.shards < 0 or self.timeout <= 0:
+            raise ValueError(
+                f"parallel.shards = {self.shards}, parallel.timeout = {self.timeout}: shards are a number of ranks, "
+                "0 for all of them, and the timeout is in seconds, above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train the model. One alone has no mesh, and its sums are its own numbers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+    mesh: DeviceMesh | None = None  # [copies, shards]
+    saving: dist.ProcessGroup | None = None  # on which checkpoints are agreed on, while training goes on
+    timeout: float = 0.0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that prints, logs and draws."""
+        return self.rank == 0
+
+    @cached_property
+    def shards(self) -> DeviceMesh:
+        """The ranks that hold the parts of one copy of the weights."""
+        return self.mesh["shard"]
+
+    def total(self, *numbers: float) -> list[float]:
+        """The sum over all ranks of each of the numbers, which need not be on the device."""
+        return self.reduced(dist.ReduceOp.SUM, numbers)
+
+    def most(self, *numbers: float) -> list[float]:
+        """The largest of all ranks of each of the numbers."""
+        return self.reduced(dist.ReduceOp.MAX, numbers)
+
+    def reduced(self, how: dist.ReduceOp, numbers: tuple[float, ...]) -> list[float]:
+        if self.mesh is None:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(values, how)
+        return values.tolist()
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks of a tensor on the device, which does not wait for it."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self):
+        """Returns once all ranks are here."""
+        self.total(0)
+
+    @contextmanager
+    def lead_first(self) -> Iterator[None]:
+        """The block is run by the rank that leads, then by the others: what it leaves on disk they find there."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def alive(self):
+        """To be called once a step: a process that has not for `timeout` seconds says where it stands, and ends."""
+        if self.mesh is not None:
+            faulthandler.dump_traceback_later(self.timeout, exit=True)
+
+
+ALONE = Ranks()
+
+
+def leads() -> bool:
+    """Whether this process does what one alone must do, such as to print; known before the ranks have met."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the ranks again, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, this one among them; without torchrun this process alone.
+
+    ValueError where shards do not divide them.
+    """
+    if "RANK" not in os.environ:
+        yield Ranks(device=torch.device(device))
+        return
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    shards = config.shards or size
+    if size % shards:
+        raise ValueError(f"parallel.shards = {shards} does not divide the {size} ranks: set it to a divisor, or to 0")
+    on, cuda = torch.device(device), device == "cuda"
+    if cuda:
+        on = torch.device("cuda", local)
+        torch.cuda.set_device(on)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    patience = timedelta(seconds=config.timeout + SLACK)
+    dist.init_process_group(backend, timeout=patience, device_id=on if cuda else None)
+    try:
+        mesh = init_device_mesh(on.type, (size // shards, shards), mesh_dim_names=("copy", "shard"))
+        saving = dist.new_group(backend="gloo", timeout=patience)
+        ranks = Ranks(rank, size, on, mesh, saving, config.timeout)
+        ranks.alive()
+        yield ranks
+        ranks.wait()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+# ---- what each holds ----
+
+
+def shard(model: nn.Module, ranks: Ranks, bf16: bool):
+    """Parts the weights of a model on the meta device, layer by layer, and makes room for this rank's; no numbers yet.
+
+    `bf16`: gathered layers compute in bfloat16. What is held and added up is float32.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = ranks.mesh if ranks.mesh["copy"].size() > 1 else ranks.shards
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # gradients add up: losses are divided by the whole step's counts
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.to_empty(device=ranks.device)
+
+
+def scatter(whole: nn.Module | None, model: nn.Module):
+    """Gives each rank its parts of the weights of `whole`, a plain model on the CPU of the rank that leads."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    given = weights(whole) if whole is not None else {}
+    with torch.no_grad():
+        for name, own in weights(model).items():  # one after the other: no device ever holds more than a whole one
+            full = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+            if given:
+                full.copy_(given[name])
+            if isinstance(own, DTensor):
+                own.copy_(distribute_tensor(full, own.device_mesh, own.placements))
+            else:
+                own.copy_(full)
+
+
+def gather(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The whole tensors, on the CPU of the rank that leads; the others, which must call it too, get none."""
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if ranks.leads:
+            found[name] = full.detach().cpu()
+    return found
+
+
+class Muon:
+    """torch.optim.Muon for matrices whose rows are spread over ranks: each is stepped whole, by a rank that owns it.
+
+        gradients      shards -> owner      all to all
+        update         torch's own, of a whole matrix: that of its parts would not be orthogonal
+        weights        owner -> shards      all to all
+
+    The owner steps a matrix of zeros, which becomes the change of the weights; it keeps the moments.
+    """
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: float, **options):
+        mesh = named[0][1].device_mesh
+        self.group, self.weight_decay = mesh.get_group(mesh.ndim - 1), weight_decay
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.shards = [p for _, p in named]
+        load = [0] * self.size
+        self.owner = []
+        for _, p in named:  # to whoever has least so far
+            self.owner.append(load.index(min(load)))
+            load[self.owner[-1]] += p.numel()
+        self.owned = {
+            i: (name, nn.Parameter(torch.zeros(p.shape, device=p.device)))
+            for i, (name, p) in enumerate(named)
+            if self.owner[i] == self.rank
+        }
+        self.inner = torch.optim.Muon([{"params": list(self.owned.values())}], lr, weight_decay, **options)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    def rows(self, i: int) -> list[int]:
+        """How many rows of matrix i each rank holds: `torch.chunk`'s parts, as a DTensor's are."""
+        n = len(self.shards[i])
+        part = -(-n // self.size)
+        return [min(part, max(0, n - part * rank)) for rank in range(self.size)]
+
+    @torch.no_grad()
+    def step(self):
+        moved = [i for i, p in enumerate(self.shards) if p.grad is not None]
+        mine = [i for i in moved if i in self.owned]
+        of_owner = [[i for i in moved if self.owner[i] == rank] for rank in range(self.size)]
+        grads = self.exchange(
+            [[self.shards[i].grad.to_local() for i in of_rank] for of_rank in of_owner],
+            [[(self.rows(i)[rank], self.shards[i].shape[1]) for i in mine] for rank in range(self.size)],
+        )
+        for i, (_, matrix) in self.owned.items():
+            matrix.zero_()
+            matrix.grad = torch.cat([of_rank[mine.index(i)] for of_rank in grads]) if i in mine else None
+        self.inner.step()
+        changes = self.exchange(
+            [[self.owned[i][1].split(self.rows(i))[rank] for i in mine] for rank in range(self.size)],
+            [[tuple(self.shards[i].to_local().shape) for i in of_rank] for of_rank in of_owner],
+        )
+        kept = 1 - self.param_groups[0]["lr"] * self.weight_decay
+        for of_rank, changes_of_rank in zip(of_owner, changes):
+            for i, change in zip(of_rank, changes_of_rank):
+                self.shards[i].to_local().mul_(kept).add_(change)
+
+    def exchange(self, parts: list[list[Tensor]], expected: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
+        """From each rank the matrices, of these shapes, that it has for this one; `parts` are those for each rank."""
+        device = self.shards[0].device
+        sent = [torch.cat([torch.zeros(0, device=device), *(x.flatten() for x in of_rank)]) for of_rank in parts]
+        sizes = [[rows * columns for rows, columns in of_rank] for of_rank in expected]
+        came = torch.empty(sum(map(sum, sizes)), device=device)
+        dist.all_to_all_single(came, torch.cat(sent), [sum(s) for s in sizes], [len(x) for x in sent], self.group)
+        pieces = iter(came.split([n for of_rank in sizes for n in of_rank]))
+        return [[next(pieces).view(shape) for shape in of_rank] for of_rank in expected]
