@@ -1,6 +1,7 @@
 """Paths: the order is undone, each position takes its own path's weights, and a copied path changes nothing."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transfusion.model.float8 import use_float8
 from transfusion.model.lora import LoraConfig
 from transfusion.model.mask import dense_mask
 from transfusion.model.paths import IMAGE, TEXT, Linear, Norm, Order, linear, products, stack, text_twin
-from transfusion.model.transformer import SEPARABLE, Block, build_model, row_mask
+from transfusion.model.transformer import SEPARABLE, build_model, row_mask
 from transfusion.sequence import NONE
 
 SORTED = {name: o for name, o in OPTIONS.items() if "separate" in o or "lora" in o}
@@ -189,9 +190,7 @@ def test_compiled_blocks_take_any_documents_and_are_not_compiled_for_each(option
         compilations.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(
-        Block, "compile", lambda block, **given: torch.nn.Module.compile(block, backend=backend, **given)
-    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain, compiled = random_model(**options), random_model(**options)
     for model in (plain, compiled) if in_float8 else ():
         use_float8(model.layers)

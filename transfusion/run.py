@@ -19,6 +19,7 @@ from transfusion.diffusion.solver import SOLVERS
 from transfusion.llama import TOKENIZER, folder_of, is_llama, sizes_of
 from transfusion.metrics import MetricsConfig
 from transfusion.model.float8 import MULTIPLE
+from transfusion.model.recompute import MODES as RECOMPUTE
 from transfusion.model.transformer import ModelConfig
 from transfusion.optim import OptimConfig
 from transfusion.parallel import ParallelConfig
@@ -42,6 +43,7 @@ class TrainConfig:
     z_loss: float = 0.0  # weight of log^2 Z of the text head, which keeps its logits from drifting (Chameleon: 1e-5)
     # bf16 = autocast with fp32 master weights; an engine samples with bf16 ones; auto = bf16 where the hardware has it
     precision: str = "auto"
+    checkpointing: str = "none"  # activations: what a layer keeps for the way back; none, selective, full
     compile: bool = False  # torch.compile, block by block
     float8: bool = False  # the trunk's products, of a training in bf16 on a GPU that has them; sampling stays as it is
     log_every: int = 10  # steps, as all that follow; 0 = never
@@ -60,6 +62,8 @@ class TrainConfig:
             raise ValueError(f"train.steps = {self.steps}, train.minutes = {self.minutes}: one of them must be above 0")
         if self.rows % self.accumulate:
             raise ValueError(f"train.rows = {self.rows} is not a multiple of train.accumulate = {self.accumulate}")
+        if self.checkpointing not in RECOMPUTE:
+            raise ValueError(f"train.checkpointing = {self.checkpointing!r}: choose one of {', '.join(RECOMPUTE)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"train.precision = {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
 

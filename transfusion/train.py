@@ -29,6 +29,7 @@ from transfusion.llama import is_llama
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.float8 import use_float8
+from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, trained
 from transfusion.parallel import Muon, Ranks, gather, is_restarted, join, scatter, shard
@@ -57,6 +58,11 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     """Trains the run from the checkpoint `found`, or from its beginning."""
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
+    if config.train.compile and config.train.checkpointing != "none" and device.type == "cpu":
+        raise ValueError(
+            f"train.compile = true, train.checkpointing = {config.train.checkpointing!r}: on a CPU attention stands "
+            "outside of the compiled layers, and what is computed again must be whole: leave one of the two out"
+        )
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
@@ -82,6 +88,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
         print(f"{n:,} of {all_n:,} parameters train")
     if float8:
         use_float8(model.layers)
+    recompute(model.layers, c.checkpointing)
     if c.compile:
         model.compile_layers()
     if ranks.mesh:

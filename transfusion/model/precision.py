@@ -25,11 +25,14 @@ def at_precision(model: Transfusion, dtype: torch.dtype) -> Transfusion:
     for module in halved:
         known |= {id(p): Parameter(p.to(dtype), p.requires_grad) for p in module.parameters()}
         known |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
+    known |= {id(of_layer["forward"]): None for of_layer in map(vars, model.layers) if "forward" in of_layer}
     model = deepcopy(model, known)
     known.clear()  # or each matrix is kept beside the stack that it goes into
-    model.compiled = False  # a copy's blocks are plain ones, and so are its products
+    # a copy's blocks are plain ones, neither compiled nor computed again, and so are its products
+    model.compiled = False
     multiply_by(model.layers, plain)
     for layer in model.layers:
+        vars(layer).pop("forward", None)
         a, f = layer.attention, layer.feed_forward
         stack((a.wq, a.wk, a.wv))
         stack((f.w1, f.w3))

@@ -321,7 +321,7 @@ class Transfusion(nn.Module):
         for layer in self.layers:
             # documents change from batch to batch, and so does how many patches there are; the size of rows does not
             layer.attention.varlen_attention = torch.compiler.disable(varlen_attention)
-            layer.compile(dynamic=None if self.config.sorts else False)
+            layer.forward = torch.compile(layer.forward, dynamic=None if self.config.sorts else False)
         self.compiled = True
 
 
