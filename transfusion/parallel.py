@@ -134,9 +134,6 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         yield Ranks(device=torch.device(device))
         return
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    shards = config.shards or size
-    if size % shards:
-        raise ValueError(f"parallel.shards = {shards} does not divide the {size} ranks: set it to a divisor, or to 0")
     on, cuda = torch.device(device), device == "cuda"
     if cuda:
         on = torch.device("cuda", local)
@@ -145,7 +142,7 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     patience = timedelta(seconds=config.timeout + SLACK)
     dist.init_process_group(backend, timeout=patience, device_id=on if cuda else None)
     try:
-        mesh = init_device_mesh(on.type, (size // shards, shards), mesh_dim_names=("copy", "shard"))
+        mesh = mesh_of(config, size, on.type)
         saving = dist.new_group(backend="gloo", timeout=patience)
         ranks = Ranks(rank, size, on, mesh, saving, config.timeout)
         ranks.alive()
@@ -155,6 +152,14 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         faulthandler.cancel_dump_traceback_later()
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def mesh_of(config: ParallelConfig, size: int, device: str) -> DeviceMesh:
+    """The ranks as [copies, shards]."""
+    shards = config.shards or size
+    if size % shards:
+        raise ValueError(f"parallel.shards = {shards} does not divide the {size} ranks: set it to a divisor, or to 0")
+    return init_device_mesh(device, (size // shards, shards), mesh_dim_names=("copy", "shard"))
 
 
 # ---- what each holds ----

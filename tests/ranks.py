@@ -1,0 +1,62 @@
+"""Trainings by several ranks, one after the other in the same processes: torchrun ... ranks.py JOBS.json
+
+A job is {"config": TOML, "overrides": [...], "out": RUN}; with "from": [RUN, STEP], the run goes on from that
+checkpoint of another. `launch` starts them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def launch(n: int, jobs: list[dict], folder: Path) -> None:
+    """Lets n ranks do the jobs."""
+    file = folder / f"jobs-{n}.json"
+    file.write_text(json.dumps(jobs, default=str))
+    done = subprocess.run([*TORCHRUN, f"--nproc-per-node={n}", __file__, file], **quiet())
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def quiet(**environment: str) -> dict:
+    """How processes are started here: one thread each, their output kept."""
+    threads = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return {"env": threads, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def copy_run(source: Path, step: int, out: Path) -> None:
+    """A run that was broken off behind that step."""
+    shutil.copytree(source, out)
+    for later in (out / "checkpoints").glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+
+
+def main() -> None:
+    from transfusion.config import load_config
+    from transfusion.loop import find_checkpoint
+    from transfusion.parallel import ParallelConfig, join, mesh_of
+    from transfusion.run import RunConfig
+    from transfusion.train import train_with
+
+    torch.set_num_threads(1)
+    with join(ParallelConfig(timeout=120), "cpu") as ranks:
+        for job in json.loads(Path(sys.argv[1]).read_text()):
+            config, out = load_config(RunConfig, job["config"], job["overrides"]), Path(job["out"])
+            if "from" in job and ranks.leads:
+                source, step = job["from"]
+                copy_run(Path(source), step, out)
+            ranks.wait()
+            mesh = mesh_of(config.parallel, ranks.size, "cpu")
+            train_with(replace(ranks, mesh=mesh), config, out, find_checkpoint(out, resume=True))
+
+
+if __name__ == "__main__":
+    main()

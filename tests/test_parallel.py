@@ -1,0 +1,97 @@
+"""Any number of ranks trains as one does, by trainings on a CPU with gloo."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import copy_run, launch
+from tiny_run import stored, write_tiny
+
+from transfusion.checkpoint import latest_checkpoint
+from transfusion.config import load_config
+from transfusion.metrics import read_records
+from transfusion.parallel import ALONE, ParallelConfig
+from transfusion.run import RunConfig
+from transfusion.train import train
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun wants a Unix")
+SHORT = ["train.steps=20", "train.rows=4", "train.log_every=1", "train.save_every=10", "train.keep=9"]
+RUNS = {
+    "adamw": [],
+    "muon": ["optim.name=muon"],
+    "few images": ["data.image_share=0.15", "model.refine_width=4", "train.image_weight=1"],
+    "own weights": ["model.separate=ffn,attention,norms", "data.image_share=0.15", "train.checkpointing=selective"],
+    "text alone": ["data.image_share=0"],
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def job(config: Path, out: Path, *overrides: str, **more) -> dict:
+    return {"config": config, "overrides": [*SHORT, *overrides], "out": out, **more}
+
+
+def assert_alike(one: Path, other: Path):
+    """The same steps and losses, nearly the same norms and weights."""
+    a, b = (read_records(run / "metrics.jsonl") for run in (one, other))
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 21))
+    for key, rtol in {"lm_loss": 1e-5, "image_loss": 1e-5, "grad_norm": 1e-3, "lr": 0, "skipped": 0}.items():
+        x, y = (torch.tensor([r[key] for r in of_run], dtype=torch.float64) for of_run in (a, b))
+        assert torch.allclose(x, y, rtol, atol=1e-9, equal_nan=True), f"{other.name}: {key} is {y}, not {x}"
+    a, b = (stored(latest_checkpoint(run / "checkpoints")) for run in (one, other))
+    assert a.keys() == b.keys()
+    assert max((a[name] - b[name]).abs().max() for name in a if not name.startswith("optimizer.")) < 2e-3
+
+
+def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(config, tmp_path):
+    for name, overrides in RUNS.items():
+        train(load_config(RunConfig, config, [*SHORT, *overrides]), tmp_path / f"1 {name}")
+    launch(
+        2,
+        [job(config, tmp_path / f"2 {name}", *overrides) for name, overrides in RUNS.items()]
+        + [job(config, tmp_path / "2 on 2", **{"from": [tmp_path / "2 adamw", 10]})]
+        + [job(config, tmp_path / "1 on 2", *RUNS["muon"], **{"from": [tmp_path / "1 muon", 10]})],
+        tmp_path,
+    )
+    launch(
+        4,
+        [job(config, tmp_path / f"4 {name}", *RUNS[name]) for name in ("adamw", "muon", "few images")]
+        + [job(config, tmp_path / "4 in 2 copies", "parallel.shards=2", *RUNS["muon"])]
+        + [job(config, tmp_path / "4 with an async save", "train.save_async=true")]
+        + [job(config, tmp_path / "2 on 4", **{"from": [tmp_path / "2 adamw", 10]})],
+        tmp_path,
+    )
+    copy_run(tmp_path / "2 adamw", 10, tmp_path / "2 on 1")
+    train(load_config(RunConfig, config, SHORT), tmp_path / "2 on 1", resume=True)
+    copy_run(tmp_path / "4 muon", 10, tmp_path / "4 on 1")
+    train(load_config(RunConfig, config, [*SHORT, *RUNS["muon"]]), tmp_path / "4 on 1", resume=True)
+    train(load_config(RunConfig, config, [*SHORT, "train.accumulate=4"]), tmp_path / "1 in parts")
+    for name in RUNS:
+        assert_alike(tmp_path / f"1 {name}", tmp_path / f"2 {name}")
+    for name in ("adamw", "muon", "few images"):
+        assert_alike(tmp_path / f"1 {name}", tmp_path / f"4 {name}")
+    for name in ("1 in parts", "2 on 1", "2 on 2", "2 on 4", "4 with an async save"):
+        assert_alike(tmp_path / "1 adamw", tmp_path / name)
+    for name in ("4 in 2 copies", "1 on 2", "4 on 1"):
+        assert_alike(tmp_path / "1 muon", tmp_path / name)
+    assert [p.name for p in sorted((tmp_path / "4 with an async save/checkpoints").iterdir())] == [
+        "step_00000010",
+        "step_00000020",
+    ]
+
+
+def test_a_process_alone_has_no_ranks_to_wait_for():
+    assert ALONE.leads and ALONE.total(1.5, 2) == [1.5, 2] and ALONE.most(3) == [3]
+    tensor = torch.ones(2)
+    assert ALONE.add(tensor) is tensor
+    ALONE.wait(), ALONE.alive()
+
+
+@pytest.mark.parametrize("wrong", [{"shards": -1}, {"timeout": 0}])
+def test_what_no_ranks_can_do_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"parallel\.shards"):
+        ParallelConfig(**wrong)
