@@ -238,8 +238,15 @@ class Muon:
             if self.owner[i] == self.rank
         }
         self.inner = torch.optim.Muon([{"params": list(self.owned.values())}], lr, weight_decay, **options)
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
         self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict:
+        return self.inner.state
 
     def rows(self, i: int) -> list[int]:
         """How many rows of matrix i each rank holds: `torch.chunk`'s parts, as a DTensor's are."""
