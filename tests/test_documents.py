@@ -194,6 +194,11 @@ def test_shipped_data_comes_in_three_splits_that_share_no_image():
         ({"conditioning": "blurred"}, "choose one of noised, clean"),
         ({"images": ()}, "data.image_share=0"),
         ({"text": ()}, "data.image_share=1"),
+        ({"images": ("a", "b", "a/")}, "data.images names a/ twice: name it once, and give it a data.image_weights"),
+        ({"text": ("a", "a")}, "give it a data.text_weights"),
+        ({"images": ("a",), "documents": ("b",), "image_weights": (1.0,)}, "= 1: give a number of .* each of a, b"),
+        ({"text": ("a", "b"), "text_weights": (1.0, -2.0)}, "1, -2: give a number of at least 0"),
+        ({"text_weights": (0.0,)}, "of at least 0 for each of shakespeare"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_with_its_remedy(wrong, remedy):

@@ -143,13 +143,13 @@ class Packer:
         return [[plans[i] for i in row] for row in placed], too_long
 
     def planned(self, pack: int) -> list[Row]:
-        """The rows of a pack, from lengths alone."""
+        """The rows of a pack, from lengths alone, in an order in which ranks have alike much of everything."""
         rows, too_long = self.packed(pack, self.moved)
         text, n = [[] for _ in rows], self.text_per_pack
         if n:
             text = cut_to_gaps(self.rooms(rows), pack * n, n, self.windows.size)
-        first = Row(rows[0], text[0], tuple(too_long))
-        return [first, *(Row(images, parts) for images, parts in zip(rows[1:], text[1:]))]
+        first, *rest = spread_out(len(rows))  # first-fit leaves images in the first rows, and text in the last
+        return [Row(rows[first], text[first], tuple(too_long)), *(Row(rows[r], text[r]) for r in rest)]
 
     def text(self, part: Part) -> list[Sequence]:
         """The documents of a part of the text."""
@@ -191,6 +191,11 @@ class Packer:
             )
             for first in firsts
         ]
+
+
+def spread_out(n: int) -> list[int]:
+    """0 ... n - 1 so that every stretch has some of all: by their bits in reverse order (van der Corput)."""
+    return sorted(range(n), key=lambda i: f"{i:032b}"[::-1])
 
 
 class Steps(IterableDataset):

@@ -6,10 +6,11 @@
     pack p           [pE ....... (p + 1)E)                what it reads of that, E = the tokens that a pack has room for
 
 Whole windows go into the widest gaps, so that an empty row is one window; what is left of the others is cut to the
-narrow ones, each part a document of its own. So an epoch reads all of the text about once. Not quite: a pack with less
-room than E leaves the end of its text unread, and one with more reads on behind it, what is read again in its own turn;
-each <eos> within a part costs that part its last token, as what follows it wants a <bos>; and of the last tokens of a
-stream, fewer than a window, none are read in this epoch.
+narrow ones, each part a document of its own. So an epoch reads nearly all of the text nearly once. Not quite: a pack
+with less room than E leaves the end of its text unread, and one with more reads on behind it what is read again in its
+own turn (1 % each where half of the positions are text, 5 % where a tenth are); each <eos> within a part costs that
+part its last token, as what follows it wants a <bos>; and a stream's last tokens, fewer than a window, wait for an
+epoch, as the grid is shifted anew.
 """
 
 from collections.abc import Sequence
