@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise
@@ -11,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_documents import PATCH, SPECIAL, corpus_of
+from test_documents import PATCH, SIZE, SPECIAL, corpus_of
 
 from transfusion.codec.codec import PIXELS
 from transfusion.config import load_config
 from transfusion.data.arrays import Held, Joined
 from transfusion.data.corpus import build_corpus
-from transfusion.data.documents import Captions, Corpus, DataConfig
-from transfusion.data.loader import Packer, load_batches
+from transfusion.data.documents import SAMPLE, Captions, Corpus, DataConfig
+from transfusion.data.loader import MEASURED, Packer, load_batches
 from transfusion.data.windows import Stream
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.loss import draw_noise
@@ -293,11 +294,37 @@ def test_a_source_that_is_new_begins_at_its_beginning_and_one_that_is_gone_is_fo
     assert packer.cursors(6) == {"images here": 50, "images there": 0, "text low": 3, "text high": 0}
 
 
-def test_any_step_is_there_from_a_standing_start():
-    seq_len = 96
-    packer = Packer(of_two(), FORMAT, seed=0, rows=64, seq_len=seq_len)
-    (batch,) = packer.batches(10**12)
-    assert (batch.document != NONE).float().mean() > 0.9
+class Endless(Sequence):
+    """A billion things, the i-th made by a function when it is asked for; `asked` counts."""
+
+    def __init__(self, make):
+        self.make, self.asked = make, 0
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, i):
+        self.asked += 1
+        return self.make(i)
+
+    def shape(self, i):
+        self.asked += 1
+        return SIZE, SIZE
+
+    def read(self, numbers):
+        return [self[i] for i in numbers]
+
+
+def test_any_step_of_a_source_of_any_size_is_there_from_a_standing_start():
+    images = Endless(lambda i: np.full((SIZE, SIZE, 3), i % 256, np.uint8))
+    ids = Endless(lambda i: [np.full(1 + i % 7, 10 + i % 50)])
+    train = Captions(images, Endless(lambda i: [""]), ids, Endless(str))
+    packer = Packer(replace(CORPUS, captions={"train": train}), FORMAT, seed=0, rows=64, seq_len=96)
+    (batch,) = packer.batches(10**6)
+    assert (batch.document != NONE).float().mean() > 0.95 and batch.n_images > 100
+    looked_at = SAMPLE + (MEASURED + packer.packs) * packer.images_per_pack
+    assert ids.asked <= looked_at and images.asked <= looked_at + batch.n_images
+    packer.batches(10**15)
 
 
 # ---- rows ----
@@ -308,10 +335,11 @@ def test_rows_that_do_not_part_among_the_ranks_are_refused_with_a_number_that_do
         replace(PACKER, accumulate=2, ranks=4)
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_two_workers_give_what_none_gives_in_the_same_order(start):
-    packer = replace(PACKER, accumulate=2)
-    alone, beside = ([*load_batches(packer, start, 10, n, pin_memory=False)] for n in (0, 2))
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on a machine of two cores
+@pytest.mark.parametrize("workers, start", [(1, 0), (3, 4)])
+def test_any_number_of_workers_gives_what_none_gives_in_the_same_order(workers, start):
+    packer = replace(PACKER, accumulate=2, rank=1, ranks=2)
+    alone, beside = ([*load_batches(packer, start, 10, n, pin_memory=False)] for n in (0, workers))
     assert len(alone) == len(beside) == 10 - start
     for a, b in zip(alone, beside):
         assert len(a) == len(b) == 2 and all(map(same, a, b))
