@@ -76,7 +76,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     held_out = sum(len(c) for c in corpus.captions.values()) - images
     documents = {split: len(of_split) for split, of_split in corpus.interleaved.documents.items()}
     print(
-        f"to train on: {images} images, {documents['train']} documents, {len(corpus.works)} texts; "
+        f"to train on: {images} images, {documents['train']} documents, {sum(s.texts for s in corpus.text)} texts; "
         f"held out: {held_out} images, {documents['held_out']} documents, {len(corpus.held_out_text)} texts"
     )
 
