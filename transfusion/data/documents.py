@@ -63,6 +63,7 @@ class DataConfig:
     conditioning: str = "noised"  # what follows an image sees it "noised" (the paper), or as a "clean" copy
     # largest t of an image before its caption, where noised: its t is uniform below; 1 = the law of all images
     noise_limit: float = 0.5
+    max_lost: int = 1000  # documents that a run may find unreadable before it stops
     workers: int = 0  # processes that prepare batches; 0 = the training process itself
 
     def __post_init__(self):
