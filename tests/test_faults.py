@@ -1,11 +1,15 @@
 """What goes wrong in one of several ranks: nothing is lost beyond the last checkpoint, and all say what it was."""
 
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from ranks import TORCHRUN, quiet
+from ranks import TORCHRUN, launch, quiet
 from test_parallel import assert_alike
 from tiny_run import write_tiny
 
@@ -84,3 +88,37 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "stopped by" in done.stdout and "at step 13 of 20" in done.stdout
     assert saved(tmp_path) == [5, 10, 13]
+
+
+KILLS = int(os.environ.get("TRANSFUSION_KILLS", 2))  # 20 were tried: docs/log.md
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_ranks_that_are_killed_again_and_again_train_what_undisturbed_ones_do(config, tmp_path):
+    dice, run, steps = random.Random(1), tmp_path / "killed", 60 * (KILLS + 1)
+    longer = [f"train.steps={steps}", "train.save_every=3", "train.keep=2"]
+    command = [*TORCHRUN, "--nproc-per-node=2", f"--max-restarts={2 * KILLS}", "-m", "transfusion.cli"]
+    torchrun = subprocess.Popen([*command, *words(config, run, *longer)], **quiet())
+    lines, killed = run / "metrics.jsonl", 0
+    while killed < KILLS and torchrun.poll() is None:
+        seen = lines.stat().st_mtime_ns if lines.exists() else 0
+        begun = time.monotonic()  # most are killed in the middle of training, some on their way to it
+        wait = dice.choice([600.0, 600.0, 600.0, dice.uniform(0, 3)])
+        while time.monotonic() - begun < wait and torchrun.poll() is None:
+            if lines.exists() and lines.stat().st_mtime_ns != seen:
+                break
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.2))
+        ranks = [pid for pid in children(torchrun.pid) if "transfusion.cli" in Path(f"/proc/{pid}/cmdline").read_text()]
+        if len(ranks) == 2:
+            os.kill(dice.choice(ranks), signal.SIGKILL)
+            killed += 1
+    _, err = torchrun.communicate()
+    assert torchrun.returncode == 0, err[-3000:]
+    assert killed == KILLS, f"the run was over after {killed} kills"
+    whole = {"config": config, "overrides": [*SHORT, *longer], "out": tmp_path / "whole"}
+    launch(2, [whole], tmp_path)
+    assert_alike(tmp_path / "whole", run, steps)
