@@ -98,10 +98,10 @@ def cut(config: RunConfig, run: Path, steps: list[int], monkeypatch):
 
     for at in steps:
 
-        def dying(model, micro, config, step, of_step, at=at):
+        def dying(model, micro, config, step, *more, at=at):
             if step == at:
                 raise Stop
-            return compute(model, micro, config, step, of_step)
+            return compute(model, micro, config, step, *more)
 
         monkeypatch.setattr(loop, "gradients", dying)
         with pytest.raises(Stop):
