@@ -80,6 +80,7 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
         assert_alike(tmp_path / "1 adamw", tmp_path / name)
     for name in ("4 in 2 copies", "1 on 2", "4 on 1"):
         assert_alike(tmp_path / "1 muon", tmp_path / name)
+    assert all(0 <= r["straggler"] < 1 for r in read_records(tmp_path / "4 adamw/metrics.jsonl"))
     assert [p.name for p in sorted((tmp_path / "4 with an async save/checkpoints").iterdir())] == [
         "step_00000010",
         "step_00000020",

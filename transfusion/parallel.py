@@ -17,11 +17,13 @@ PyTorch FSDP: Zhao et al. 2023, arXiv 2304.11277.
 
 import faulthandler
 import os
+import resource
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 
@@ -65,6 +67,7 @@ class Ranks:
     context: Context | None = None  # this rank among those that share its rows
     saving: dist.ProcessGroup | None = None  # on which checkpoints are agreed on, while training goes on
     timeout: float = 0.0
+    idle: list[float] = field(default_factory=lambda: [0.0])  # seconds that it has waited for the others' numbers
 
     @property
     def leads(self) -> bool:
@@ -93,8 +96,9 @@ class Ranks:
     def reduced(self, how: dist.ReduceOp, numbers: tuple[float, ...]) -> list[float]:
         if self.mesh is None:
             return list(numbers)
-        values = torch.tensor(numbers, dtype=torch.float64)
+        values, begun = torch.tensor(numbers, dtype=torch.float64), time.perf_counter()
         dist.all_reduce(values, how)
+        self.idle[0] += time.perf_counter() - begun
         return values.tolist()
 
     def add(self, tensor: Tensor) -> Tensor:
@@ -116,6 +120,18 @@ class Ranks:
         if self.leads:
             self.wait()
 
+    def strain(self, waited: float, seconds: float) -> dict[str, float]:
+        """What held up the last `seconds`, of which this rank `waited` for data, and what they took.
+
+        data_wait    share of the time that the rank which waited most waited for data
+        straggler    share of the time that the quickest rank waited for the slowest, beyond what that one waited
+        memory       bytes at most so far, of the rank that took most: of the GPU, or of the process
+        """
+        idle, self.idle[0] = self.idle[0], 0.0
+        waited, longest, shortest, memory = self.most(waited, idle, -idle, peak_memory(self.device))
+        found = {"data_wait": waited / seconds, "memory": memory}
+        return found if self.mesh is None else {**found, "straggler": (longest + shortest) / seconds}
+
     def alive(self):
         """To be called once a step: a process that has not for `timeout` seconds says where it stands, and ends."""
         if self.mesh is not None:
@@ -123,6 +139,14 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that this process has held at most: of the GPU's memory, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
 
 
 def leads() -> bool:
