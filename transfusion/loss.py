@@ -7,6 +7,7 @@
 Both come back as sums with counts, so that micro-batches and ranks add up to the step's own mean.
 """
 
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, network_input, sample_t, target
 from transfusion.diffusion.schedule import SCHEDULES
 from transfusion.model.head import linear_cross_entropy
-from transfusion.model.transformer import Transfusion, row_mask
+from transfusion.model.transformer import Mask, Transfusion, row_mask
 from transfusion.sequence import Batch
 
 
@@ -73,8 +74,18 @@ def image_errors(prediction: Tensor, batch: Batch, noise: Noise, config: Diffusi
     return torch.zeros_like(noise.t).index_add(0, batch.patch_image, error) / n * (batch.t_max > 0)
 
 
-def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConfig, z_loss: float = 0.0) -> Losses:
-    """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step."""
+def losses(
+    model: Transfusion,
+    batch: Batch,
+    noise: Noise,
+    config: DiffusionConfig,
+    z_loss: float = 0.0,
+    mask_of: Callable[[Batch, Transfusion], Mask | None] | None = None,
+) -> Losses:
+    """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step.
+
+    The mask is found by `mask_of` in place of `row_mask` (a plan has one of a batch without numbers).
+    """
     z = noised(batch, noise, config)
 
     def head(h: Tensor) -> Tensor:
@@ -83,7 +94,7 @@ def losses(model: Transfusion, batch: Batch, noise: Noise, config: DiffusionConf
     lm, prediction = model(
         batch.tokens,
         batch.place,
-        row_mask(batch, model),
+        (mask_of or row_mask)(batch, model),
         z,
         noise.t,
         batch.patch_image,
