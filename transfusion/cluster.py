@@ -38,8 +38,8 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """How the ranks of a run share it; one GPU each."""
+class Cluster:
+    """How many GPUs there are, a rank each, and how they share a run."""
 
     world: int = 1
     shards: int = 0  # ranks that weights and what belongs to them are parted among; 0 = all
@@ -88,19 +88,19 @@ class Traffic:
 
 
 def traffic(
-    ranks: Ranks, gpu: Gpu, weights: float, trained: float, keys: float, micro_batches: int
+    cluster: Cluster, gpu: Gpu, weights: float, trained: float, keys: float, micro_batches: int
 ) -> dict[str, Traffic]:
     """What a rank of several receives in a step, by collective.
 
     `weights` and `trained` count parameters, `keys` the numbers in all keys and values of its rows in a micro-batch.
     """
-    S, R, C = ranks.of_shard, ranks.replicas, ranks.context
+    S, R, C = cluster.of_shard, cluster.replicas, cluster.context
     found = {}
 
     def collective(name: str, backward: bool, n: float, group: int, stride: int = 1) -> None:
         if n:
             n *= micro_batches
-            found[name] = Traffic(backward, n, n / ranks.rate(gpu, group, stride))
+            found[name] = Traffic(backward, n, n / cluster.rate(gpu, group, stride))
 
     collective("gather weights, forward", False, 2 * weights * (S - 1) / S, S)
     collective("gather weights, backward", True, 2 * weights * (S - 1) / S, S)

@@ -10,7 +10,7 @@ from typing import get_origin
 
 import PIL.Image
 
-from transfusion.cluster import GPUS, Ranks
+from transfusion.cluster import GPUS, Cluster
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
 from transfusion.data.corpus import build_corpus
@@ -24,7 +24,7 @@ from transfusion.export import DTYPES, export
 from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
 from transfusion.parallel import leads
-from transfusion.plan import plan, plan_ranks
+from transfusion.plan import plan, plan_cluster
 from transfusion.pretrained import load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.tokenizer import train_tokenizer
@@ -160,10 +160,6 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     p.add_argument("--gpu", choices=GPUS, default="h100", help="which one; default h100")
     p.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="that NVLink joins; default 8")
     p.add_argument("--mfu", type=float, default=0.4, help="the share of their peak that a run reaches; default 0.4")
-    p.add_argument("--shards", type=int, default=0, metavar="N", help="GPUs that hold one replica; default: all (FSDP)")
-    p.add_argument(
-        "--context", type=int, default=1, metavar="N", help="GPUs that share the positions of a row; default 1"
-    )
 
     p = command("tokenize", run_tokenize)
     p.add_argument("out", type=Path, metavar="TOKENIZER.json")
@@ -271,8 +267,8 @@ def run_plan(args):
     if is_llama(config.init) or not (m.vocab_size and m.channels and factor):  # else the config says it all
         config = resolve(config, load_codec(config.data.codec))
     if args.gpus:
-        ranks = Ranks(args.gpus, args.shards, args.context, args.gpus_per_node)
-        text = plan_ranks(config, ranks, args.gpu, args.mfu)
+        cluster = Cluster(args.gpus, config.parallel.shards, per_node=args.gpus_per_node)
+        text = plan_cluster(config, cluster, args.gpu, args.mfu)
     else:
         text = plan(config)
     print(to_toml(config) + "\n" + text)

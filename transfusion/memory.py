@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from transfusion.cluster import Ranks
+from transfusion.cluster import Cluster
 from transfusion.flops import copies, count_images, grid_of
 from transfusion.loss import Noise, losses
 from transfusion.model.float8 import use_float8
@@ -190,22 +190,22 @@ def presumed(config: RunConfig, rows: int) -> Batch:
 
 
 def estimate_memory(
-    config: RunConfig, ranks: Ranks | None = None, checkpointing: str = "none", on: str = "cuda"
+    config: RunConfig, cluster: Cluster | None = None, checkpointing: str = "none", on: str = "cuda"
 ) -> dict[str, float]:
     """Bytes on one device, or on one of several ranks, by part; the last one makes the sum what is there at once.
 
     Activations: what autograd keeps of a micro-batch. Logits: those held at once, and what they give the head's matrix.
     """
-    ranks, m, c = ranks or Ranks(), config.model, config.train
-    own = replace(config, train=replace(c, seq_len=c.seq_len // ranks.context))  # the positions of a rank
-    batch = presumed(own, ranks.rows(c.rows, c.accumulate))
-    found, several = rehearse(own, batch, checkpointing, on, ranks.world > 1), ranks.world > 1
+    cluster, m, c = cluster or Cluster(), config.model, config.train
+    own = replace(config, train=replace(c, seq_len=c.seq_len // cluster.context))  # the positions of a rank
+    batch = presumed(own, cluster.rows(c.rows, c.accumulate))
+    found, several = rehearse(own, batch, checkpointing, on, cluster.world > 1), cluster.world > 1
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)
     weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
     lasting = {"weights": weights, "gradients": train, "optimizer": 2 * train}
     lasting["average"] = train if config.optim.ema else 0.0
-    lasting = {name: x / ranks.of_shard for name, x in lasting.items()}
+    lasting = {name: x / cluster.of_shard for name, x in lasting.items()}
     kept = {"activations (about)": float(found.activations)}
     kept["logits (at most)"] = 10.0 * min(batch.tokens.numel() * m.vocab_size, LOGITS) + found.head
     if not several:

@@ -6,7 +6,7 @@ parameters, FLOPs of a step (`flops.py`), memory (`memory.py`); for many GPUs (`
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from transfusion.cluster import GPUS, Ranks, hidden_up_to, traffic
+from transfusion.cluster import GPUS, Cluster, hidden_up_to, traffic
 from transfusion.flops import count_6nd, count_flops, count_images, parameters_of
 from transfusion.memory import CHECKPOINTING, estimate_memory
 from transfusion.model.transformer import build_model
@@ -70,20 +70,20 @@ class Scaled:
     days: float  # nan: the run has no number of steps
 
 
-def scale(config: RunConfig, ranks: Ranks, gpu: str, mfu: float) -> Scaled:
+def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     """The run on ranks of a GPU of GPUS, if it reaches that MFU."""
     if gpu not in GPUS:
         raise ValueError(f"gpu = {gpu!r}: choose one of {', '.join(GPUS)}")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu = {mfu}: a share of the peak, above 0 and at most 1")
     c, m, g = config.train, config.model, GPUS[gpu]
-    memory = {mode: estimate_memory(config, ranks, mode) for mode in CHECKPOINTING}
+    memory = {mode: estimate_memory(config, cluster, mode) for mode in CHECKPOINTING}
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)
     numbers = [sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model))]
-    keys = 2 * m.kv_heads * m.head_dim * m.n_layers * ranks.rows(c.rows, c.accumulate) * c.seq_len
-    found = traffic(ranks, g, *numbers, keys, c.accumulate)
-    flops = sum(count_flops(config).values()) / ranks.world
+    keys = 2 * m.kv_heads * m.head_dim * m.n_layers * cluster.rows(c.rows, c.accumulate) * c.seq_len
+    found = traffic(cluster, g, *numbers, keys, c.accumulate)
+    flops = sum(count_flops(config).values()) / cluster.world
     seconds = flops / (mfu * g.flops)
     return Scaled(
         memory=memory,
@@ -98,9 +98,9 @@ def scale(config: RunConfig, ranks: Ranks, gpu: str, mfu: float) -> Scaled:
     )
 
 
-def plan_ranks(config: RunConfig, ranks: Ranks, gpu: str = "h100", mfu: float = 0.4) -> str:
+def plan_cluster(config: RunConfig, cluster: Cluster, gpu: str = "h100", mfu: float = 0.4) -> str:
     """The plan for many GPUs."""
-    s, g, c, n = scale(config, ranks, gpu, mfu), GPUS[gpu], config.train, ranks.world
+    s, g, c, n = scale(config, cluster, gpu, mfu), GPUS[gpu], config.train, cluster.world
 
     def row(name: str, values: list[float]) -> str:
         return f"  {name:26}" + "".join(f"{value / 2**30:12,.2f}" for value in values)
@@ -113,7 +113,7 @@ def plan_ranks(config: RunConfig, ranks: Ranks, gpu: str = "h100", mfu: float = 
     room = f"{g.memory / 2**30:.1f} GiB of {gpu}, a tenth left free"
     lines += [f"checkpointing that fits into {room}: {', '.join(s.fits) or remedy}", ""]
 
-    share = f"{ranks.rows(c.rows, c.accumulate)} rows x {c.seq_len // ranks.context} positions"
+    share = f"{cluster.rows(c.rows, c.accumulate)} rows x {c.seq_len // cluster.context} positions"
     lines.append(f"a step of a rank: {c.accumulate} x {share}, {s.flops / 1e12:,.1f} TFLOP, {s.seconds:.3g} s")
     lines += [f"  {name:26}{size / 1e9:12,.2f} GB {seconds:10.3f} s" for name, (size, seconds) in s.traffic.items()]
     if s.traffic:
