@@ -51,7 +51,7 @@ def dense(batch, model):
 def kept_for_backward(config, batch, mask_of, checkpointing: str = "none") -> int:
     """Bytes of the storages that autograd keeps of a real forward, the weights themselves left out.
 
-    What checkpointing keeps, torch keeps apart from autograd: inputs of blocks, products and attention are added by hand.
+    What checkpointing keeps, torch keeps apart from autograd: inputs of blocks, products, attention are added by hand.
     """
     model = build_model(config.model)
     freeze(model, config.optim.freeze)
