@@ -25,7 +25,8 @@ from content import Case, content
 from machine import ROOT, commit, hardware, versions
 
 from transfusion.config import override
-from transfusion.memory import CHECKPOINTING, keep_less, rehearse
+from transfusion.memory import rehearse
+from transfusion.model.recompute import MODES, recompute
 from transfusion.model.transformer import build_model
 
 ALLOCATORS = {"mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "glibc": {}}
@@ -43,8 +44,10 @@ CASES = [
 
 def measure(case: Case, checkpointing: str) -> dict[str, float]:
     """MiB that a step takes by plan, and that it took in this process."""
-    found = rehearse(ours.config_of(case), ours.batch_of(case, content(case, 0)), checkpointing, on="cpu")
-    weights = 4 * sum(p.numel() for p in build_model(ours.config_of(case).model, "meta").parameters())
+    config = ours.config_of(case)
+    config = replace(config, train=replace(config.train, checkpointing=checkpointing))
+    found = rehearse(config, ours.batch_of(case, content(case, 0)), on="cpu")
+    weights = 4 * sum(p.numel() for p in build_model(config.model, "meta").parameters())
     step_of(replace(case, dim=64, heads=1, depth=1, documents=1, seq_len=0), checkpointing)(0)
     before = resident("VmRSS")
     step = step_of(case, checkpointing)
@@ -61,7 +64,7 @@ def step_of(case: Case, checkpointing: str) -> Callable[[int], None]:
 
     def checkpointed(*arguments):
         model = build(*arguments)
-        keep_less(model, checkpointing)
+        recompute(model.layers, checkpointing)
         return model
 
     ours.build_model = checkpointed
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| width x layers | rows | documents a row | checkpointing | allocator | plan MiB | measured MiB | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for case in dict.fromkeys(override(case, args.overrides) for case in CASES):
-        for checkpointing in CHECKPOINTING:
+        for checkpointing in MODES:
             for allocator in ALLOCATORS:
                 found = in_process(case, checkpointing, allocator)
                 line = {"case": asdict(case), "checkpointing": checkpointing, "allocator": allocator, **found, **about}

@@ -10,8 +10,9 @@ from test_flops import CLEAN, CODES, CONFIG, LORA, UNET, micro_batches, with_mod
 from transfusion import train as loop
 from transfusion.cluster import Cluster
 from transfusion.flops import count_images
-from transfusion.memory import CHECKPOINTING, estimate_memory, keep_less, presumed, rehearse
+from transfusion.memory import estimate_memory, presumed, rehearse
 from transfusion.model.mask import dense_mask
+from transfusion.model.recompute import MODES, recompute
 from transfusion.model.transformer import SEPARABLE, build_model, row_mask
 from transfusion.optim import build_optimizers, freeze, init_ema
 
@@ -44,18 +45,22 @@ def test_weights_gradients_optimizer_and_average_are_exact(fields):
     assert estimate_memory(replace(CONFIG, optim=replace(CONFIG.optim, ema=0.0)))["average"] == 0
 
 
+def with_checkpointing(config, mode: str):
+    return replace(config, train=replace(config.train, checkpointing=mode))
+
+
 def dense(batch, model):
     return dense_mask(batch.document, batch.image, batch.hidden)
 
 
-def kept_for_backward(config, batch, mask_of, checkpointing: str = "none") -> int:
+def kept_for_backward(config, batch, mask_of) -> int:
     """Bytes of the storages that autograd keeps of a real forward, the weights themselves left out.
 
     What checkpointing keeps, torch keeps apart from autograd: inputs of blocks, products, attention are added by hand.
     """
     model = build_model(config.model)
     freeze(model, config.optim.freeze)
-    keep_less(model, checkpointing)
+    recompute(model.layers, config.train.checkpointing)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -70,9 +75,9 @@ def kept_for_backward(config, batch, mask_of, checkpointing: str = "none") -> in
         loop.losses(model, batch, noise, config.diffusion, 0.0, mask_of)
     total = sum(size for size, _ in kept.values())
     m, of_position = config.model, 0
-    if checkpointing != "none":
+    if config.train.checkpointing != "none":
         of_position += 4 * m.dim
-    if checkpointing == "selective":
+    if config.train.checkpointing == "selective":
         q, kv = m.n_heads * m.head_dim, m.kv_heads * m.head_dim
         of_position += 2 * (2 * q + 2 * kv + 2 * m.dim + 2 * m.hidden_dim) + 4 * m.n_heads  # attention's in float32
     return total + m.n_layers * batch.tokens.numel() * of_position
@@ -105,18 +110,15 @@ def test_activations_are_what_autograd_keeps_of_a_real_step(fields, on):
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_checkpointed_blocks_keep_their_input_or_products_too(checkpointing):
-    config = with_model(BF16, n_layers=6)
+    config = with_checkpointing(with_model(BF16, n_layers=6), checkpointing)
     (batch,) = micro_batches(config)
-    found = rehearse(config, batch, checkpointing)
-    real = kept_for_backward(config, batch, dense, checkpointing)
+    found, real = rehearse(config, batch), kept_for_backward(config, batch, dense)
     assert found.activations + found.casts == pytest.approx(real, rel=0.05)
 
 
 def test_each_checkpointing_keeps_less_than_the_one_before_it():
-    kept = [estimate_memory(BF16, checkpointing=mode)["activations (about)"] for mode in CHECKPOINTING]
+    kept = [estimate_memory(with_checkpointing(BF16, mode))["activations (about)"] for mode in MODES]
     assert kept == sorted(kept, reverse=True) and kept[0] > 2 * kept[2]
-    with pytest.raises(ValueError, match="choose one of none, selective, full"):
-        estimate_memory(BF16, checkpointing="some")
 
 
 def test_the_parts_add_up_to_what_lasts_and_the_rehearsed_peak():

@@ -18,9 +18,7 @@ asked for is not in it; docs/scaling.md says what was measured.
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +27,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from transfusion.cluster import Cluster
 from transfusion.flops import copies, count_images, grid_of
 from transfusion.loss import Noise, losses
 from transfusion.model.float8 import use_float8
 from transfusion.model.head import LOGITS
+from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Mask, Transfusion, build_model
 from transfusion.model.varlen import Strip, VarlenMask, varlen_mask
 from transfusion.optim import freeze, trained
@@ -43,15 +41,7 @@ from transfusion.run import RunConfig
 from transfusion.sequence import Batch, Codes, Format, Image, Special, Text, collate, image_length, lay_out
 
 CAPTION = 32  # tokens of a caption, presumed
-CHECKPOINTING = ("none", "selective", "full")
 ATEN = torch.ops.aten
-PRODUCTS = [  # what selective checkpointing keeps
-    ATEN.mm.default,
-    ATEN.addmm.default,
-    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    ATEN._scaled_dot_product_flash_attention.default,
-    ATEN._scaled_dot_product_efficient_attention.default,
-]
 # bytes of each number of a block in flight: two blocks' weights in bf16 and the buffer that they are gathered in, the
 # gradient in bf16, and in float32 that which is being scattered and the one before it
 IN_FLIGHT = 2 * 2 + 2 + 2 + 2 * 4
@@ -99,22 +89,18 @@ class Rehearsal(NamedTuple):
     peak: int  # most that was there at once, all of these and gradients included
 
 
-def rehearse(
-    config: RunConfig, batch: Batch, checkpointing: str = "none", on: str = "cuda", scatter: bool = False
-) -> Rehearsal:
+def rehearse(config: RunConfig, batch: Batch, on: str = "cuda", scatter: bool = False) -> Rehearsal:
     """What a step keeps of its last micro-batch, attention being that of a GPU ("cuda") or of a CPU ("cpu").
 
     With `scatter`, gradients go as they come, and the peak is without them and without the weights in bf16.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"checkpointing = {checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
     fake = FakeTensorMode()
     with fake:
         model = Transfusion(config.model)
     freeze(model, config.optim.freeze)
     if config.train.float8:
         use_float8(model.layers)
-    keep_less(model, checkpointing)
+    recompute(model.layers, config.train.checkpointing)
     noise = Noise(torch.zeros(len(batch.grids)), torch.zeros_like(batch.patches))
     mask = mask_of(fake, config, batch, on)
     batch, noise = without_numbers(fake, batch), Noise(*map(fake.from_tensor, noise))
@@ -154,16 +140,6 @@ def mask_of(fake: FakeTensorMode, config: RunConfig, batch: Batch, on: str) -> M
     return VarlenMask(fake.from_tensor(mask.place), fake.from_tensor(mask.at), mask.groups, strips)
 
 
-def keep_less(model: Transfusion, checkpointing: str) -> None:
-    """Lets each block keep only its input, or beside it what its products and its attention gave ("selective")."""
-    context: dict[str, Callable] = {}
-    if checkpointing == "selective":
-        context = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)}
-    if checkpointing != "none":
-        for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **context)
-
-
 def presumed(config: RunConfig, rows: int) -> Batch:
     """Rows as a config has them filled: images with captions of CAPTION tokens, and a text for the rest of each row."""
     m, c, grid, n_copies = config.model, config.train, grid_of(config), copies(config)
@@ -189,9 +165,7 @@ def presumed(config: RunConfig, rows: int) -> Batch:
     return collate(filled, c.seq_len, fmt)
 
 
-def estimate_memory(
-    config: RunConfig, cluster: Cluster | None = None, checkpointing: str = "none", on: str = "cuda"
-) -> dict[str, float]:
+def estimate_memory(config: RunConfig, cluster: Cluster | None = None, on: str = "cuda") -> dict[str, float]:
     """Bytes on one device, or on one of several ranks, by part; the last one makes the sum what is there at once.
 
     Activations: what autograd keeps of a micro-batch. Logits: those held at once, and what they give the head's matrix.
@@ -199,7 +173,7 @@ def estimate_memory(
     cluster, m, c = cluster or Cluster(), config.model, config.train
     own = replace(config, train=replace(c, seq_len=c.seq_len // cluster.context))  # the positions of a rank
     batch = presumed(own, cluster.rows(c.rows, c.accumulate))
-    found, several = rehearse(own, batch, checkpointing, on, cluster.world > 1), cluster.world > 1
+    found, several = rehearse(own, batch, on, cluster.world > 1), cluster.world > 1
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)
     weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
@@ -215,7 +189,7 @@ def estimate_memory(
     not_all = {"not all at once": found.peak - sum(kept.values())}
     # keys and values of the other positions, gathered
     others = 2 * m.kv_heads * m.head_dim * len(batch.tokens) * (c.seq_len - own.train.seq_len)
-    kept["activations (about)"] += 2.0 * others * (1 if checkpointing == "full" else m.n_layers)
+    kept["activations (about)"] += 2.0 * others * (1 if c.checkpointing == "full" else m.n_layers)
     of_block = sum(p.numel() for p in model.layers[0].parameters())
     of_rest = weights / 4 - of_block * m.n_layers  # stays gathered; its gradient, in bf16, comes at the end
     return lasting | {"blocks in flight (at most)": IN_FLIGHT * of_block + 4.0 * of_rest} | kept | not_all

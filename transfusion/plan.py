@@ -4,11 +4,12 @@ parameters, FLOPs of a step (`flops.py`), memory (`memory.py`); for many GPUs (`
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transfusion.cluster import GPUS, Cluster, hidden_up_to, traffic
 from transfusion.flops import count_6nd, count_flops, count_images, parameters_of
-from transfusion.memory import CHECKPOINTING, estimate_memory
+from transfusion.memory import estimate_memory
+from transfusion.model.recompute import MODES
 from transfusion.model.transformer import build_model
 from transfusion.optim import freeze, trained
 from transfusion.run import RunConfig
@@ -77,7 +78,8 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu = {mfu}: a share of the peak, above 0 and at most 1")
     c, m, g = config.train, config.model, GPUS[gpu]
-    memory = {mode: estimate_memory(config, cluster, mode) for mode in CHECKPOINTING}
+    by_mode = {mode: replace(config, train=replace(c, checkpointing=mode)) for mode in MODES}
+    memory = {mode: estimate_memory(other, cluster) for mode, other in by_mode.items()}
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)
     numbers = [sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model))]
@@ -87,7 +89,7 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     seconds = flops / (mfu * g.flops)
     return Scaled(
         memory=memory,
-        fits=[mode for mode in CHECKPOINTING if sum(memory[mode].values()) <= FITS * g.memory],
+        fits=[mode for mode in MODES if sum(memory[mode].values()) <= FITS * g.memory],
         traffic={name: (t.bytes, t.seconds) for name, t in found.items()},
         flops=flops,
         seconds=seconds,
