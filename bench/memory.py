@@ -30,6 +30,9 @@ from transfusion.model.recompute import MODES, recompute
 from transfusion.model.transformer import build_model
 
 ALLOCATORS = {"mapped": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "glibc": {}}
+HEAD = """\
+| width x layers | rows | documents of a row | checkpointing | allocator | plan, MiB | measured, MiB | ratio |
+|---|---|---|---|---|---|---|---|"""
 STEPS = 3  # the first ones find what lasts: gradients, moments, the heap
 PACKED = Case(documents=14, images=1, side=16, text_tokens=32, vocab=4096, rows=1, seq_len=4096)
 TEXT = Case(images=0, text_tokens=4094, vocab=4096, rows=1)
@@ -88,6 +91,14 @@ def in_process(case: Case, checkpointing: str, allocator: str) -> dict[str, floa
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def row(line: dict) -> str:
+    """A line of results as one of the table."""
+    case, plan, measured = line["case"], line["plan"], line["measured"]
+    cells = [f"{case['dim']} x {case['depth']}", case["rows"], case["documents"], line["checkpointing"]]
+    cells += [line["allocator"], f"{plan:.0f}", f"{measured:.0f}", f"{measured / plan:.2f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Hold the plan's memory against that of real steps.")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="of the case, for all cases")
@@ -101,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or ROOT / f"bench/results/{time.strftime('%F')}-memory" / "results.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"commit": commit(), "hardware": hardware(), "versions": versions(), "run": time.strftime("%FT%T")}
-    print("| width x layers | rows | documents a row | checkpointing | allocator | plan MiB | measured MiB | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(HEAD)
     for case in dict.fromkeys(override(case, args.overrides) for case in CASES):
         for checkpointing in MODES:
             for allocator in ALLOCATORS:
@@ -110,13 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                 line = {"case": asdict(case), "checkpointing": checkpointing, "allocator": allocator, **found, **about}
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                cells = [f"{case.dim} x {case.depth}", case.rows, case.documents, checkpointing, allocator]
-                cells += [
-                    f"{found['plan']:.0f}",
-                    f"{found['measured']:.0f}",
-                    f"{found['measured'] / found['plan']:.2f}",
-                ]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                print(row(line), flush=True)
     return 0
 
 

@@ -1,15 +1,26 @@
 """The tables of a plan add up, for one device and for many."""
 
+import json
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
+import memory
 import pytest
 from test_flops import CONFIG
 from tiny_run import write_tiny
 
-from transfusion.cli import main
+from transfusion.cli import main, parse
 from transfusion.cluster import GPUS, Cluster
-from transfusion.flops import count_flops
+from transfusion.config import load_config
+from transfusion.flops import count_flops, parameters_of
+from transfusion.memory import estimate_memory
 from transfusion.plan import plan, plan_cluster, scale
+from transfusion.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/scaling.md").read_text()
 
 
 def test_the_plan_is_a_table_with_totals_that_add_up():
@@ -34,6 +45,9 @@ def test_speeds_follow_from_the_flops_of_a_step():
     assert s.seconds == pytest.approx(flops / 4 / (0.5 * GPUS["h100"].flops))
     assert s.tokens * s.seconds == pytest.approx(8 * 128)
     assert s.days == pytest.approx(1000 * s.seconds / 86400)
+    assert s.saved == 16 * sum(parameters_of(CONFIG.model).values()), "weights, two moments, average; in four bytes"
+    assert s.texts + s.drawn * (16 + 2) == pytest.approx(1000 * 8 * 128), "images are of 16 patches, <boi> and <eoi>"
+    assert s.read == pytest.approx(2 * s.texts + 4 * 3 * 16 * 16 * s.drawn)
     assert s.fits == ["none", "selective", "full"]
 
 
@@ -42,7 +56,7 @@ def test_what_does_not_fit_is_left_out_and_a_remedy_named(monkeypatch):
     monkeypatch.setitem(GPUS, "small", small)
     assert scale(CONFIG, Cluster(4), "small", 0.5).fits == ["full"]
     monkeypatch.setitem(GPUS, "small", replace(small, memory=small.memory / 2))
-    assert "none: more ranks or shards" in plan_cluster(CONFIG, Cluster(4), "small")
+    assert "none: more GPUs" in plan_cluster(CONFIG, Cluster(4), "small")
 
 
 def test_the_plan_for_many_has_three_columns_that_add_up():
@@ -62,6 +76,7 @@ def test_the_plan_for_many_has_three_columns_that_add_up():
         (["--gpus", "2", "parallel.shards=3"], "choose a divisor"),
         (["--gpus", "2", "--mfu", "40"], "a share of the peak"),
         (["--gpus", "-4"], "at least 1 rank"),
+        (["--gpus", "2", "--storage", "0"], "GB/s, above 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(arguments, says, tmp_path, capsys):
@@ -77,3 +92,47 @@ def test_the_command_plans_for_as_many_gpus_as_it_is_told(tmp_path, capsys):
     assert "2 x h200 at 50% MFU" in fsdp and "sum over replicas" not in fsdp
     assert main(["plan", str(config), *of_two, "parallel.shards=1"]) == 0
     assert "sum over replicas" in capsys.readouterr().out
+
+
+def test_every_block_of_the_scaling_page_is_what_its_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```\n\$ transfusion ([^\n]*)\n(.*?)^```$", PAGE, re.M | re.S)
+    assert len(blocks) == 4
+    for command, shown in blocks:
+        assert main(shlex.split(command)) == 0
+        printed = iter(capsys.readouterr().out.splitlines())
+        for line in filter(None, shown.splitlines()):
+            assert line in printed, f"{command} does not print, behind the line before it: {line}"
+
+
+def test_the_command_of_the_scaling_page_has_every_option():
+    (shown,) = re.findall(r"^transfusion (plan CONFIG .*)$", PAGE, re.M)
+    options = {name: values for name, values in re.findall(r"\[(--[\w-]+) ([^\]]+)\]", shown)}
+    gpus, args = options.pop("--gpu").split("|"), parse(["plan", "configs/demo.toml"])
+    assert gpus[0] == args.gpu and set(gpus) == set(GPUS)
+    assert {k: float(v) for k, v in options.items()} == {
+        "--gpus-per-node": args.gpus_per_node,
+        "--mfu": args.mfu,
+        "--storage": args.storage,
+    }
+
+
+def test_the_measured_table_of_the_scaling_page_is_that_of_the_results():
+    lines = (ROOT / "bench/results/2026-11-23-memory/results.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert "\n".join([memory.HEAD, *map(memory.row, found)]) in PAGE
+    for line in found:
+        if line["allocator"] == "mapped":
+            assert line["measured"] == pytest.approx(line["plan"], rel=0.15)
+
+
+def test_the_plan_is_within_a_tenth_of_what_an_h100_took():
+    measured = (ROOT / "bench/results/2026-11-22-h100-micro-batches.md").read_text()
+    rows = re.findall(r"^\| ([\d.]+B) \| (\d) \| (\d+) \| ([\d.]+) \|$", PAGE, re.M)
+    assert len(rows) == 4
+    for size, n, gib, planned in rows:
+        assert re.search(rf"^\| {size} \| {n} \| [\d.]+ \| {gib} \|$", measured, re.M)
+        path = ROOT / f"configs/paper-{size.lower()}-linear.toml"
+        config = load_config(RunConfig, path, ["train.accumulate=1", f"train.rows={n}"])
+        estimate = sum(estimate_memory(config).values()) / 2**30
+        assert estimate == pytest.approx(float(planned), abs=0.06) == pytest.approx(float(gib), rel=0.1)

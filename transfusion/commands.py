@@ -160,6 +160,7 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     p.add_argument("--gpu", choices=GPUS, default="h100", help="which one; default h100")
     p.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="that NVLink joins; default 8")
     p.add_argument("--mfu", type=float, default=0.4, help="the share of their peak that a run reaches; default 0.4")
+    p.add_argument("--storage", type=float, default=10.0, metavar="GB/s", help="that checkpoints go to; default 10")
 
     p = command("tokenize", run_tokenize)
     p.add_argument("out", type=Path, metavar="TOKENIZER.json")
@@ -268,7 +269,7 @@ def run_plan(args):
         config = resolve(config, load_codec(config.data.codec))
     if args.gpus:
         cluster = Cluster(args.gpus, config.parallel.shards, per_node=args.gpus_per_node)
-        text = plan_cluster(config, cluster, args.gpu, args.mfu)
+        text = plan_cluster(config, cluster, args.gpu, args.mfu, args.storage)
     else:
         text = plan(config)
     print(to_toml(config) + "\n" + text)

@@ -19,6 +19,7 @@ asked for is not in it; docs/scaling.md says what was measured.
 
 import weakref
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ from transfusion.model.head import LOGITS
 from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Mask, Transfusion, build_model
 from transfusion.model.varlen import Strip, VarlenMask, varlen_mask
-from transfusion.optim import freeze, trained
+from transfusion.optim import freeze, is_layer_matrix, trained
+from transfusion.parallel import ParallelConfig
 from transfusion.run import RunConfig
 from transfusion.sequence import Batch, Codes, Format, Image, Special, Text, collate, image_length, lay_out
 
@@ -165,6 +167,12 @@ def presumed(config: RunConfig, rows: int) -> Batch:
     return collate(filled, c.seq_len, fmt)
 
 
+@lru_cache(maxsize=8)
+def rehearse_presumed(config: RunConfig, rows: int, on: str, scatter: bool) -> Rehearsal:
+    """`rehearse` of presumed rows, once: how weights are sharded changes nothing in it."""
+    return rehearse(config, presumed(config, rows), on, scatter)
+
+
 def estimate_memory(config: RunConfig, cluster: Cluster | None = None, on: str = "cuda") -> dict[str, float]:
     """Bytes on one device, or on one of several ranks, by part; the last one makes the sum what is there at once.
 
@@ -172,23 +180,25 @@ def estimate_memory(config: RunConfig, cluster: Cluster | None = None, on: str =
     """
     cluster, m, c = cluster or Cluster(), config.model, config.train
     own = replace(config, train=replace(c, seq_len=c.seq_len // cluster.context))  # the positions of a rank
-    batch = presumed(own, cluster.rows(c.rows, c.accumulate))
-    found, several = rehearse(own, batch, on, cluster.world > 1), cluster.world > 1
+    rows, several = cluster.rows(c.rows, c.accumulate), cluster.world > 1
+    found = rehearse_presumed(replace(own, parallel=ParallelConfig()), rows, on, several)
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)
     weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
-    lasting = {"weights": weights, "gradients": train, "optimizer": 2 * train}
+    muon = [p for name, p in model.named_parameters() if config.optim.name == "muon" and is_layer_matrix(name, p)]
+    one_moment = 4.0 * sum(p.numel() for p in muon if p.requires_grad)  # AdamW has two
+    lasting = {"weights": weights, "gradients": train, "optimizer": 2 * train - one_moment}
     lasting["average"] = train if config.optim.ema else 0.0
     lasting = {name: x / cluster.of_shard for name, x in lasting.items()}
     kept = {"activations (about)": float(found.activations)}
-    kept["logits (at most)"] = 10.0 * min(batch.tokens.numel() * m.vocab_size, LOGITS) + found.head
+    kept["logits (at most)"] = 10.0 * min(rows * own.train.seq_len * m.vocab_size, LOGITS) + found.head
     if not several:
         kept = {"weights in bf16": float(found.casts)} | kept
         at_once = found.peak - train  # the peak has gradients in it, as far as they are there
         return lasting | kept | {"not all at once": at_once - sum(kept.values())}
     not_all = {"not all at once": found.peak - sum(kept.values())}
     # keys and values of the other positions, gathered
-    others = 2 * m.kv_heads * m.head_dim * len(batch.tokens) * (c.seq_len - own.train.seq_len)
+    others = 2 * m.kv_heads * m.head_dim * rows * (c.seq_len - own.train.seq_len)
     kept["activations (about)"] += 2.0 * others * (1 if c.checkpointing == "full" else m.n_layers)
     of_block = sum(p.numel() for p in model.layers[0].parameters())
     of_rest = weights / 4 - of_block * m.n_layers  # stays gathered; its gradient, in bf16, comes at the end

@@ -3,11 +3,12 @@
 parameters, FLOPs of a step (`flops.py`), memory (`memory.py`); for many GPUs (`cluster.py`) also time and traffic.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transfusion.cluster import GPUS, Cluster, hidden_up_to, traffic
-from transfusion.flops import count_6nd, count_flops, count_images, parameters_of
+from transfusion.flops import count_6nd, count_flops, count_images, grid_of, parameters_of
 from transfusion.memory import estimate_memory
 from transfusion.model.recompute import MODES
 from transfusion.model.transformer import build_model
@@ -68,7 +69,11 @@ class Scaled:
     hidden: float  # the MFU up to which traffic hides
     tokens: float  # a second, all ranks, as the two that follow
     images: float
-    days: float  # nan: the run has no number of steps
+    days: float  # of the run, as the two that follow; nan: it has no number of steps
+    texts: float  # tokens of text that it reads
+    drawn: float  # images
+    read: float  # bytes of both, as they lie on disk
+    saved: float  # bytes of a checkpoint
 
 
 def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
@@ -86,7 +91,10 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     keys = 2 * m.kv_heads * m.head_dim * m.n_layers * cluster.rows(c.rows, c.accumulate) * c.seq_len
     found = traffic(cluster, g, *numbers, keys, c.accumulate)
     flops = sum(count_flops(config).values()) / cluster.world
-    seconds = flops / (mfu * g.flops)
+    seconds, kept = flops / (mfu * g.flops), memory[MODES[0]]
+    steps = c.steps or float("nan")
+    texts, drawn = steps * c.rows * c.seq_len * (1 - config.data.image_share), steps * count_images(config)
+    token, image = (2 if m.vocab_size <= 1 << 16 else 4), 4 * m.patch_dim * math.prod(grid_of(config))
     return Scaled(
         memory=memory,
         fits=[mode for mode in MODES if sum(memory[mode].values()) <= FITS * g.memory],
@@ -96,12 +104,20 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
         hidden=hidden_up_to(found, flops, g),
         tokens=c.rows * c.seq_len / seconds,
         images=count_images(config) / seconds,
-        days=c.steps * seconds / 86400 if c.steps else float("nan"),
+        days=steps * seconds / 86400,
+        texts=texts,
+        drawn=drawn,
+        read=token * texts + image * drawn,
+        saved=cluster.of_shard * sum(kept[name] for name in ("weights", "optimizer", "average")),
     )
 
 
-def plan_cluster(config: RunConfig, cluster: Cluster, gpu: str = "h100", mfu: float = 0.4) -> str:
-    """The plan for many GPUs."""
+def plan_cluster(
+    config: RunConfig, cluster: Cluster, gpu: str = "h100", mfu: float = 0.4, storage: float = 10.0
+) -> str:
+    """The plan for many GPUs, which share a storage of so many GB/s."""
+    if not storage > 0:
+        raise ValueError(f"storage = {storage}: GB/s, above 0")
     s, g, c, n = scale(config, cluster, gpu, mfu), GPUS[gpu], config.train, cluster.world
 
     def row(name: str, values: list[float]) -> str:
@@ -111,7 +127,7 @@ def plan_cluster(config: RunConfig, cluster: Cluster, gpu: str = "h100", mfu: fl
     lines = [*head(config), f"{'memory of a rank, GiB':28}" + "".join(f"{mode:>12}" for mode in s.memory)]
     lines += [row(name, [memory[name] for memory in by_mode]) for name in by_mode[0]]
     lines.append(row("total", [sum(memory.values()) for memory in by_mode]))
-    remedy = "none: more ranks or shards, a larger train.accumulate, or ranks that share rows"
+    remedy = "none: more GPUs, more of them to a shard (parallel.shards), or a larger train.accumulate"
     room = f"{g.memory / 2**30:.1f} GiB of {gpu}, a tenth left free"
     lines += [f"checkpointing that fits into {room}: {', '.join(s.fits) or remedy}", ""]
 
@@ -122,6 +138,11 @@ def plan_cluster(config: RunConfig, cluster: Cluster, gpu: str = "h100", mfu: fl
         lines.append(f"  which computing hides up to {s.hidden:.0%} MFU: {'yes' if s.hidden >= mfu else 'NO'}")
     lines += ["", f"{n} x {gpu} at {mfu:.0%} MFU: {s.tokens:,.0f} positions/s, {s.images:,.1f} images/s"]
     lines.append(f"  of each GPU: {s.tokens / n:,.0f} positions/s, {s.images / n:,.2f} images/s")
+    saved = f"{s.saved / 1e9:,.1f} GB, {s.saved / 1e9 / cluster.of_shard:,.2f} of a GPU that holds a shard"
+    lines.append(f"a checkpoint: {saved}; {s.saved / 1e9 / storage:,.1f} s at {storage:g} GB/s")
+    lines += ["", length_of(config)]
     if c.steps:
         lines.append(f"  {s.days:,.2f} days, {s.days * 24 * n:,.0f} GPU hours")
-    return "\n".join([*lines, length_of(config)])
+        lines.append(f"  reads {s.texts:.3g} tokens of text and {s.drawn:.3g} images, {s.read / 1e12:,.1f} TB")
+        lines.append(f"  of each GPU {s.read / (s.days * 86400 * n) / 1e6:,.2f} MB/s")
+    return "\n".join(lines)
