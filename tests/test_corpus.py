@@ -10,7 +10,7 @@ import pytest
 
 from transfusion.codec.codec import PIXELS
 from transfusion.data.corpus import build_corpus, with_latents
-from transfusion.data.documents import DataConfig, Placed
+from transfusion.data.documents import DataConfig, Placed, Plan
 from transfusion.data.latents import encode, statistics
 from transfusion.data.loader import Packer
 from transfusion.run import same_codec
@@ -306,8 +306,9 @@ def test_codes_know_no_noise_limit_and_no_clean_copies(tmp_path):
     for i, options in enumerate(({"conditioning": "clean"}, {"noise_limit": 0.0})):
         corpus, reports = corpus_of(tmp_path / str(i), codec=DISCRETE, fmt=fmt, seq_len=160, **options)
         for d in corpus.interleaved.documents["train"]:
-            written = lay_out([Text(np.array([1])), *corpus.document(d.segments), Text(np.array([2]))], fmt)
+            (document,) = corpus.fill([Plan("one", corpus.planned(d.segments), 0)])
+            written = lay_out([Text(np.array([1])), *document, Text(np.array([2]))], fmt)
             assert corpus.length(d.segments) == len(written)
-            codes = [s for s in corpus.document(d.segments) if isinstance(s, Codes)]
+            codes = [s for s in document if isinstance(s, Codes)]
             assert [s.learn for s in codes] == [s.learn for s in d.segments if isinstance(s, Placed)]
         assert all(report.skipped == {} for report in reports.values())

@@ -48,29 +48,31 @@ def test_the_batch_that_the_architecture_page_follows_is_the_one_it_shows():
     exec(blocks(page, "python")[0].replace('"configs', f'"{ROOT}/configs'), found)
     config, sequence, batch, noise = (found[name] for name in ("config", "sequence", "batch", "noise"))
     model, train = config.model, config.train
+    packer = found["Packer"](found["corpus"], found["fmt"], config.seed, train.rows, train.seq_len)
     assert sequence.tokens[:5].tolist() == [1, 1165, 964, 318, 3] and len(sequence) == 23
     assert sequence.patches.shape == (16, 768)
     assert sequence.place[[4, 5, 20, 21]].tolist() == [[4, 4, 0, 0], [5, 5, 0, 0], [8, 8, 3, 3], [9, 9, 0, 0]]
-    assert (batch.n_targets, batch.n_images, len(batch.patches)) == (1413, 147, 2352)
-    assert batch.place.shape == (32, 128, 4) and (batch.document < 0).sum() == 19
-    apple = batch.patch_image == 110
+    assert (batch.n_targets, batch.n_images, len(batch.patches)) == (1403, 147, 2352)
+    assert batch.place.shape == (32, 128, 4) and (batch.document < 0).sum() == 32
+    apple = batch.patch_image == 91
     assert (batch.patches[apple].numpy() == sequence.patches).all()
-    assert (batch.patch_at[apple][0], batch.patch_at[apple][-1]) == (2913, 2928)
-    assert noise.t[110].item() == pytest.approx(0.656, abs=5e-4)
-    assert found["lm"].item() / batch.n_targets == pytest.approx(7.65, abs=1e-2)
-    assert found["image"].item() / batch.n_images == pytest.approx(0.82, abs=5e-3)
+    assert (batch.patch_at[apple][0], batch.patch_at[apple][-1]) == (2529, 2544)
+    assert noise.t[91].item() == pytest.approx(0.347, abs=5e-4)
+    assert found["lm"].item() / batch.n_targets == pytest.approx(7.66, abs=1e-2)
+    assert found["image"].item() / batch.n_images == pytest.approx(0.84, abs=5e-3)
     assert [f"{n / 1e6:.2f} M" for _, n in parameter_counts(found["model"])] == ["5.31 M", "1.57 M", "1.02 M"]
     groups = [len(g["params"]) for o in build_optimizers(found["model"], config.optim) for g in o.param_groups]
     assert groups == [21, 12, 23]
     said = " ".join(page.split())  # the page itself, so that neither it nor the numbers above can go their own way
     for words in (
         f"{train.rows} rows a step, a transformer of {model.n_layers} layers and width {model.dim}",
-        f"[1413, {found['tokenizer'].vocab_size}]",
-        f"image documents {batch.n_images} s ... {batch.n_images} s + {batch.n_images - 1}",
-        f"7.65 + {train.image_weight:g} * 0.82",
-        "image 110 of the batch: patches 1760 ... 1775, at flat positions 2913 ... 2928",
-        "the apple gets t = 0.656",
-        "Of the step's 4096 positions 19 are padding",
+        f"[1403, {found['tokenizer'].vocab_size}]",
+        f"image documents {batch.n_images} p ... {batch.n_images} p + {batch.n_images - 1}",
+        f"from token {packer.text_per_pack} p of that on, as a pack has room for {packer.text_per_pack} on average",
+        f"7.66 + {train.image_weight:g} * 0.84",
+        "image 91 of the batch: patches 1456 ... 1471, at flat positions 2529 ... 2544",
+        "the apple gets t = 0.347",
+        "Of the step's 4096 positions 32 are padding",
         "the rest in two groups: 12 matrices and kernels with weight decay, as Muon's have, 23 norms",
         "5.31 M trunk, 1.57 M embedding and head, 1.02 M patch layers",
     ):

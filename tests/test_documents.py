@@ -8,9 +8,11 @@ import PIL.Image
 import pytest
 
 from transfusion.codec.codec import PIXELS
+from transfusion.data.arrays import Held
 from transfusion.data.corpus import build_corpus
 from transfusion.data.documents import Captions, Corpus, DataConfig
 from transfusion.data.report import Report
+from transfusion.data.windows import Stream
 from transfusion.sequence import Format, Image, Special, Text
 from transfusion.tokenizer import load_tokenizer
 
@@ -35,9 +37,11 @@ def corpus_of(captions: list[list[list[int]]], works: Sequence[list[int]] = (), 
     """A corpus of these captions and works as token ids; the image of caption i is flat, of grey level i."""
     n = len(captions)
     images = np.repeat(np.arange(n, dtype=np.uint8), SIZE * SIZE * 3).reshape(n, SIZE, SIZE, 3)
-    train = Captions(images, [[""]] * n, [[np.array(c) for c in own] for own in captions], [str(i) for i in range(n)])
+    ids = [[np.array(c) for c in own] for own in captions]
+    train = Captions(Held(images), [[""]] * n, ids, [str(i) for i in range(n)])
     config = DataConfig(images=("here",), text=("here",), image_size=SIZE, **config)
-    return Corpus(config, FMT, PIXELS, {"train": train}, [np.array(w) for w in works], [])
+    text = [id for work in works for id in (*work, SPECIAL.eos)]
+    return Corpus(config, FMT, PIXELS, {"train": train}, (Stream("text here", np.array(text), len(works)),), [])
 
 
 def flat(document: list[Text | Image]) -> list:
@@ -109,56 +113,6 @@ def test_shares_of_nothing_and_of_everything_hold_exactly():
         assert never.image_document(0, k)[2].ids.tolist() == [10 + number_of(never.image_document(0, k)), SPECIAL.eos]
 
 
-# ---- text ----
-
-
-def test_windows_of_an_epoch_cover_the_stream():
-    works = [list(range(10, 60)), list(range(60, 100))]
-    corpus, room = corpus_of([], works), 9
-    n = len(corpus.stream) // (room - 1)
-    for epoch in range(5):
-        seen = set()
-        for k in range(epoch * n, (epoch + 1) * n):
-            seen |= {int(i) for d in corpus.text_documents(0, k, room) for i in d[0].ids}
-        assert len(set(range(10, 100)) - seen) <= room + 2 * len(works)  # the rest of the division, and cut ends
-
-
-def test_windows_begin_with_bos_keep_to_their_room_and_end_where_a_work_ends():
-    rng = np.random.default_rng(0)
-    works = [rng.integers(10, 99, n).tolist() for n in (1, 2, 2, 3, 5, 40, 80)]
-    corpus = corpus_of([], works)
-    stream = [*corpus.stream.tolist()] * 2
-    for k in range(300):
-        room = 2 + k % 40
-        documents = [d[0].ids.tolist() for d in corpus.text_documents(5, k, room)]
-        assert sum(map(len, documents)) <= room
-        for ids in documents:
-            assert ids[0] == SPECIAL.bos and len(ids) > 2 - (room == 2)
-            assert SPECIAL.eos not in ids[:-1]
-            assert any(stream[i : i + len(ids) - 1] == ids[1:] for i in range(len(stream)))
-
-
-def test_many_tiny_works_in_one_window_keep_to_the_room():
-    corpus = corpus_of([], [[10, 11]] * 30)
-    for k in range(200):
-        for room in (8, 19, 20, 21, 33):
-            assert sum(len(d[0].ids) for d in corpus.text_documents(0, k, room)) <= room
-
-
-def test_a_text_window_is_a_pure_function_of_seed_and_k():
-    corpus = corpus_of([], [list(range(10, 99))])
-    forwards = [[flat(d) for d in corpus.text_documents(1, k, 12)] for k in range(30)]
-    assert forwards == [[flat(d) for d in replace(corpus).text_documents(1, k, 12)] for k in reversed(range(30))][::-1]
-    assert forwards != [[flat(d) for d in corpus.text_documents(2, k, 12)] for k in range(30)]
-
-
-def test_a_stream_shorter_than_the_window_goes_round():
-    corpus = corpus_of([], [[10, 11, 12]])
-    documents = corpus.text_documents(0, 0, 50)
-    assert sum(len(d[0].ids) for d in documents) <= 50
-    assert {int(i) for d in documents for i in d[0].ids} == {SPECIAL.bos, 10, 11, 12, SPECIAL.eos}
-
-
 # ---- from sources ----
 
 
@@ -181,7 +135,7 @@ def test_a_folder_of_the_user_is_data_by_one_line_of_config(tmp_path):
             i = int(name[:3])
             assert texts == [f"picture number {i}"] and tokenizer.decode(ids[0].tolist()) == texts[0]
             assert pixels[0, 0].tolist() == [37 * i % 256, 91 * i % 256, 17 * i % 256]
-    text = tokenizer.decode(corpus.works[0].tolist())
+    text = tokenizer.decode(corpus.text[0].ids[:-1].tolist())
     assert text.startswith("some words of mine.") and corpus.held_out_text
     assert len(text) + len(corpus.held_out_text[0]) == 20 * 200
     assert all(report.skipped == {} for report in reports.values())
@@ -215,7 +169,7 @@ def test_a_caption_that_does_not_fit_is_reported_even_if_another_of_the_image_do
     config = DataConfig(images=(str(folder),), text=(), image_size=SIZE, image_share=1.0)
     corpus, reports = build_corpus(config, load_tokenizer(), PIXELS, FMT, 32)
     report = next(iter(reports.values()))
-    assert corpus.captions["train"].texts == [["number 0"], ["number 1"], ["number 2"]]
+    assert list(corpus.captions["train"].texts) == [["number 0"], ["number 1"], ["number 2"]]
     assert report.kept == 3 and names_of(report) == ["001.png"]
 
 
@@ -227,8 +181,8 @@ def test_shipped_data_comes_in_three_splits_that_share_no_image():
     assert sum(map(len, names.values())) == len(set.union(*names.values()))
     assert sum(map(len, names.values())) == next(iter(reports.values())).kept
     assert (
-        corpus.grid(corpus.captions["train"].images[0]) == (2, 2)
-        and len(corpus.works) == 40
+        corpus.grid(corpus.captions["train"].images.shape(0)) == (2, 2)
+        and corpus.text[0].texts == 40
         and len(corpus.held_out_text) == 2
     )
 
@@ -240,6 +194,11 @@ def test_shipped_data_comes_in_three_splits_that_share_no_image():
         ({"conditioning": "blurred"}, "choose one of noised, clean"),
         ({"images": ()}, "data.image_share=0"),
         ({"text": ()}, "data.image_share=1"),
+        ({"images": ("a", "b", "a/")}, "data.images names a/ twice: name it once, and give it a data.image_weights"),
+        ({"text": ("a", "a")}, "give it a data.text_weights"),
+        ({"images": ("a",), "documents": ("b",), "image_weights": (1.0,)}, "= 1: give a number of .* each of a, b"),
+        ({"text": ("a", "b"), "text_weights": (1.0, -2.0)}, "1, -2: give a number of at least 0"),
+        ({"text_weights": (0.0,)}, "of at least 0 for each of shakespeare"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_with_its_remedy(wrong, remedy):

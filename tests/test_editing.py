@@ -89,7 +89,7 @@ def test_an_image_that_is_learned_itself_is_given_clean_and_once(corpus, conditi
         config=replace(corpus.config, conditioning=conditioning),
         interleaved=replace(corpus.interleaved, documents={"train": chain, "held_out": []}),
     )
-    assert all(learned.document(d.segments)[0].t_max > 0 for d in chain), "in training it is noised"
+    assert all(learned.planned(d.segments)[0].t_max > 0 for d in chain), "in training it is noised"
     engine = engine_that(wanted, learned)
     assert dict(evaluate_editing(engine, learned, EvalConfig()))["editing/train/mse"] == pytest.approx(0, abs=1e-9)
     for prompt, _ in engine.seen:

@@ -12,6 +12,7 @@ import torch
 
 from transfusion.codec.codec import PIXELS
 from transfusion.config import load_config
+from transfusion.data.arrays import Held
 from transfusion.data.documents import Captions, Corpus, DataConfig, Document, Interleaved, Placed, caption_then_image
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import cosine
@@ -56,7 +57,7 @@ def captioned(texts, seed, images=None):
     if images is None:
         images = np.random.default_rng(seed).integers(0, 256, (len(texts), SIDE, SIDE, 3), np.uint8)
     ids = [[np.array(Letters().encode(text)) for text in own] for own in texts]
-    return Captions(np.asarray(images), texts, ids, [f"{seed}-{i}" for i in range(len(texts))])
+    return Captions(Held(np.asarray(images)), texts, ids, [f"{seed}-{i}" for i in range(len(texts))])
 
 
 def words(n, prefix):
@@ -69,7 +70,7 @@ def make_corpus(train=6, held_out=3, combination=2, text=TEXTS):
         "held_out_image": captioned(words(held_out, "the "), 1),
         "held_out_combination": captioned(words(combination, "no "), 2),
     }
-    return Corpus(DataConfig(image_size=SIDE), Format(SPECIAL, PATCH), PIXELS, captions, [], list(text))
+    return Corpus(DataConfig(image_size=SIDE), Format(SPECIAL, PATCH), PIXELS, captions, (), list(text))
 
 
 def make_engine(**diffusion):
@@ -138,7 +139,7 @@ def test_texts_of_documents_are_predicted_from_all_that_stands_before_them_the_i
     held_out = [Document(told, {"unseen": "pair"}), Document(edit, {})]
     corpus = make_corpus()
     documents = {"train": [Document(edit, {})], "held_out": held_out}
-    corpus = Corpus(corpus.config, corpus.fmt, PIXELS, corpus.captions, [], [], Interleaved(images, documents))
+    corpus = Corpus(corpus.config, corpus.fmt, PIXELS, corpus.captions, (), [], Interleaved(Held(images), documents))
     found = dict(evaluate_documents(engine, corpus, EvalConfig()))
     tokens = [SPECIAL.bos, *told[0].ids, SPECIAL.boi, *[SPECIAL.patch] * 4, SPECIAL.eoi]
     tokens += [*told[2].ids, *told[3].ids, SPECIAL.eos]
@@ -314,7 +315,7 @@ def drawer(corpus, picture):
 
 
 def all_images(corpus):
-    return np.concatenate([c.images for c in corpus.captions.values()])
+    return np.concatenate([c.images.arrays for c in corpus.captions.values()])
 
 
 def test_an_engine_that_draws_the_real_images_is_always_right():
@@ -349,7 +350,7 @@ def test_drawings_count_for_every_image_that_carries_the_caption_or_looks_like_o
     corpus = make_corpus(train=4, held_out=1, combination=0)
     train = corpus.captions["train"]
     corpus.captions["held_out_image"].texts[0].append(train.texts[0][0])  # as its second caption
-    train.images[3] = train.images[1]
+    train.images.arrays[3] = train.images[1]
     right = carriers(corpus, [own[0] for own in train.texts])
     assert right.tolist() == [[1, 0, 0, 0, 1], [0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
     real = all_images(corpus)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion import train as loop
+from transfusion.data.arrays import Held
 from transfusion.data.documents import DataConfig
 from transfusion.data.loader import Packer
 from transfusion.flops import copies, count_6nd, count_flops, count_images, count_packed, patch_layers
@@ -37,9 +38,9 @@ def micro_batches(config: RunConfig):
     corpus = replace(corpus_of([[words[i : i + 1]] for i in range(20)], [words], **shares), fmt=fmt)
     train, twice = corpus.captions["train"], config.data.image_size // 8
     images = [i.repeat(twice, 0).repeat(twice, 1) for i in train.images]
-    latents = [i[..., 0].astype(int) % N_CODES for i in images] if codes else None
-    corpus.captions["train"] = replace(train, images=images, latents=latents)
-    return Packer(corpus, corpus.fmt, 0, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
+    latents = Held([i[..., 0].astype(int) % N_CODES for i in images]) if codes else None
+    corpus.captions["train"] = replace(train, images=Held(images), latents=latents)
+    return Packer(corpus, corpus.fmt, 1, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
 
 
 N_CODES = 7

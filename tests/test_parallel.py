@@ -35,10 +35,10 @@ def job(config: Path, out: Path, *overrides: str, **more) -> dict:
     return {"config": config, "overrides": [*SHORT, *overrides], "out": out, **more}
 
 
-def assert_alike(one: Path, other: Path):
+def assert_alike(one: Path, other: Path, steps: int = 20):
     """The same steps and losses, nearly the same norms and weights."""
     a, b = (read_records(run / "metrics.jsonl") for run in (one, other))
-    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, 21))
+    assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, steps + 1))
     for key, rtol in {"lm_loss": 1e-5, "image_loss": 1e-5, "grad_norm": 1e-3, "lr": 0, "skipped": 0}.items():
         x, y = (torch.tensor([r[key] for r in of_run], dtype=torch.float64) for of_run in (a, b))
         assert torch.allclose(x, y, rtol, atol=1e-9, equal_nan=True), f"{other.name}: {key} is {y}, not {x}"

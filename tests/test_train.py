@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from transfusion import config as configs
 from transfusion import train as loop
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import PIXELS
-from transfusion.data.documents import DataConfig
+from transfusion.data.documents import Corpus, DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.loss import Losses
 from transfusion.metrics import MetricsConfig, read_records
@@ -409,3 +410,36 @@ def test_a_resumed_run_is_held_to_the_codec_that_it_began_with(given, monkeypatc
     with pytest.raises(ValueError, match="changed since the model learned its latents"):
         same_codec(replace(PIXELS, name="codec", key="new"), resumed.data)
     assert same_codec(replace(PIXELS, name="codec", key="old"), resumed.data).key == "old"
+
+
+# ---- data ----
+
+
+def test_a_checkpoint_holds_one_number_a_source_and_a_run_with_another_goes_on_in_each(tiny, tmp_path):
+    saved = train(with_train(tiny, save_every=4), tmp_path / "one")
+    cursors = read_state(saved)["data"]
+    assert set(map(type, cursors.values())) == {int} and min(cursors.values()) > 0
+    other = tmp_path / "other"
+    shutil.copytree(Path(tiny.data.images[0]), other)
+    more = replace(tiny.data, images=(*tiny.data.images, str(other)), image_weights=(1.0, 3.0))
+    longer = with_train(replace(tiny, data=more), steps=16)
+    after = read_state(train(longer, tmp_path / "one", resume=True))["data"]
+    assert after.keys() - cursors.keys() == {"images other"}
+    taken = {name: after[name] - cursors.get(name, 0) for name in after}
+    (first,) = [name for name in cursors if name.startswith("images")]
+    assert 0 < taken[first] and 2 < taken["images other"] / taken[first] < 4
+
+
+def test_documents_that_cannot_be_read_are_named_and_too_many_stop_the_run(tiny, tmp_path, monkeypatch):
+    fill = Corpus.fill
+
+    def failing(corpus, plans):
+        return [f"{plan.name}: gone" if i == 0 else x for i, (plan, x) in enumerate(zip(plans, fill(corpus, plans)))]
+
+    monkeypatch.setattr(Corpus, "fill", failing)
+    train(tiny, tmp_path / "some")
+    names = (tmp_path / "some/lost.txt").read_text().splitlines()
+    assert len(names) >= tiny.train.steps - 1 and all(name.endswith(": gone") for name in names)
+    assert records(tmp_path / "some")[-1]["lost"] == len(names)
+    with pytest.raises(ValueError, match=r"3 documents could not be read, more than data.max_lost = 2: .*lost.txt"):
+        train(replace(tiny, data=replace(tiny.data, max_lost=2)), tmp_path / "many")

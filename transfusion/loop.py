@@ -78,11 +78,13 @@ def run_steps(
     batches: Iterable,
     compute: Callable[[int, Any], Step],
     sample: Callable[[Path], None],
+    beside: Callable[[int], dict[str, Any]] = lambda step: {},
     ranks: Ranks = ALONE,
 ) -> Path:
     """Trains to the last step, or to a signal, and returns the newest checkpoint.
 
     Of the config it reads `train` (steps and intervals), `optim` and `metrics`; `batches` begin with the next step's.
+    What `beside` says of a step is kept in its checkpoint's state.
     All ranks come along: the same steps for all, logged by the one that leads; a signal to one of them stops all.
     """
     c, t = config.train, training
@@ -122,7 +124,7 @@ def run_steps(
             if every(c.sample_every, done):
                 sample(run / "samples" / f"step_{done:08d}.png")
             if every(c.save_every, done) or last:
-                save(run, t, resolved, c, ranks)
+                save(run, t, {**beside(done), "config": resolved}, c, ranks)
             if t.saving and (last or t.saving.done()):
                 settle(t)
             since += time.perf_counter() - paused  # sheets and checkpoints are no training
@@ -134,9 +136,9 @@ def run_steps(
     return t.saved
 
 
-def save(run: Path, training: Training, config: dict, c: Any, ranks: Ranks):
+def save(run: Path, training: Training, state: dict, c: Any, ranks: Ranks):
     """Writes a checkpoint, or begins to: one after the other."""
-    t, state = training, {"skipped": training.skipped, "config": config}
+    t, state = training, {"skipped": training.skipped, **state}
     settle(t)
     parts = {"model": t.model, "ema": t.ema, "optimizers": t.optimizers}
     how = {"keep": c.keep, "every": c.keep_every, "group": ranks.saving, "wait": not c.save_async}

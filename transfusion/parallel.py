@@ -18,6 +18,7 @@ PyTorch FSDP: Zhao et al. 2023, arXiv 2304.11277.
 import faulthandler
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(on)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = timedelta(seconds=config.timeout + SLACK)
-    dist.init_process_group(backend, timeout=patience, device_id=on if cuda else None)
+    how = {"timeout": patience, "rank": rank, "world_size": size, "device_id": on if cuda else None}
+    dist.init_process_group(backend, store=meeting_place(patience), **how)
     try:
         mesh = mesh_of(config, size, on.type)
         saving = dist.new_group(backend="gloo", timeout=patience)
@@ -148,10 +150,31 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         ranks.alive()
         yield ranks
         ranks.wait()
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    except BaseException as error:
+        leave(rank, error)
+    faulthandler.cancel_dump_traceback_later()
+    dist.destroy_process_group()
+
+
+def meeting_place(patience: timedelta) -> dist.Store:
+    """Where the ranks find each other; after a restart not where they did before.
+
+    torchrun may keep one store over restarts (pytorch/pytorch issue 135712), in which the addresses of those that died
+    still stand. It counts restarts for each machine by itself: on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has it
+    make a store anew, as the recipes in launch/ do.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
+
+
+def leave(rank: int, error: BaseException):
+    """Ends this process at once: to wait for others, which may be gone, could take for ever. They notice."""
+    if not isinstance(error, ValueError | OSError):  # those say all there is to say
+        traceback.print_exception(error)
+    print(f"rank {rank} ends: {error}", file=sys.stderr, flush=True)
+    os._exit(2 if isinstance(error, ValueError | OSError) else 1)
 
 
 def mesh_of(config: ParallelConfig, size: int, device: str) -> DeviceMesh:
@@ -238,8 +261,15 @@ class Muon:
             if self.owner[i] == self.rank
         }
         self.inner = torch.optim.Muon([{"params": list(self.owned.values())}], lr, weight_decay, **options)
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
         self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict:
+        return self.inner.state
 
     def rows(self, i: int) -> list[int]:
         """How many rows of matrix i each rank holds: `torch.chunk`'s parts, as a DTensor's are."""

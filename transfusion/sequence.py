@@ -147,6 +147,7 @@ class Batch:
     n_images: int  # images with a loss, on the host, as what follows
     images_in_row: tuple[int, ...]  # [B]
     grids: tuple[tuple[int, int], ...]  # [I] rows and columns of each image's patches
+    lost: tuple[str, ...]  # documents that were to stand in it and could not be read: name, and why
 
     @property
     def n_targets(self) -> int:
@@ -264,7 +265,9 @@ def first_fit(lengths: Iterable[int], rows: int, seq_len: int) -> tuple[list[lis
     return placed, left_over
 
 
-def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format, first_row: int = 0) -> Batch:
+def collate(
+    rows: list[list[Sequence]], seq_len: int, fmt: Format, first_row: int = 0, lost: tuple[str, ...] = ()
+) -> Batch:
     """The batch of packed rows, rows `first_row` ... of their step.
 
     Positions behind a row's last document are padding, which sees padding at most.
@@ -308,4 +311,5 @@ def collate(rows: list[list[Sequence]], seq_len: int, fmt: Format, first_row: in
         n_images=int((t_max > 0).sum()),
         images_in_row=tuple(images_in_row),
         grids=tuple(grids),
+        lost=lost,
     )

@@ -22,6 +22,7 @@ from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
 from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches
+from transfusion.data.report import Lost
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.generate import Engine
@@ -76,7 +77,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     held_out = sum(len(c) for c in corpus.captions.values()) - images
     documents = {split: len(of_split) for split, of_split in corpus.interleaved.documents.items()}
     print(
-        f"to train on: {images} images, {documents['train']} documents, {len(corpus.works)} texts; "
+        f"to train on: {images} images, {documents['train']} documents, {sum(s.texts for s in corpus.text)} texts; "
         f"held out: {held_out} images, {documents['held_out']} documents, {len(corpus.held_out_text)} texts"
     )
 
@@ -95,10 +96,12 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
         shard(model, ranks, bf16)
     muon = Muon if ranks.mesh else torch.optim.Muon
     optimizers = build_optimizers(model, config.optim, muon)
-    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.accumulate, ranks.rank, ranks.size)
+    state = checkpoint.read_state(found) if found else {}
+    since = (state["step"], state["data"]) if found else None
+    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.accumulate, ranks.rank, ranks.size, since)
     if found:
         same_tokens(run, run / TOKENIZER, tokenizer)
-        config = match_steps(config, checkpoint.read_state(found))
+        config = match_steps(config, state)
         training = restore(found, model, optimizers, config)
     else:
         fresh(model, config, tokenizer, ranks)
@@ -117,16 +120,20 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
         tokenizer.save(run / TOKENIZER)
         (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
+    lost = Lost(run / "lost.txt", config.data.max_lost)
+
     def compute(step: int, micro: list[Batch]) -> Step:
         of_step = Counts(*ranks.total(*counts(micro)))
         lm, image, norm = gradients(model, micro, config, step, of_step)
         lm, image = ranks.add(torch.stack([lm, image]))
+        lost.found([name for batch in micro for name in batch.lost], int(of_step.lost))
 
         def numbers() -> dict[str, float]:
             return {
                 "lm_loss": lm.item() / max(1, of_step.targets),
                 "image_loss": image.item() / of_step.images if of_step.images else math.nan,
                 "grad_norm": norm.item(),
+                "lost": lost.count,
             }
 
         seen = {"tokens": of_step.positions} | ({"images": of_step.images} if of_step.images else {})
@@ -139,7 +146,9 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
 
     workers, pinned = config.data.workers, device.type == "cuda"
     batches = load_batches(packer, training.step, config.train.steps, workers, pin_memory=pinned)
-    return run_steps(run, config, training, batches, compute, sample, ranks)
+    return run_steps(
+        run, config, training, batches, compute, sample, lambda step: {"data": packer.cursors(step)}, ranks
+    )
 
 
 def fresh(model: Transfusion, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks):
@@ -180,10 +189,11 @@ class Counts(NamedTuple):
     targets: float  # of the text
     images: float  # to be learned
     positions: float
+    lost: float  # documents
 
 
 def counts(micro: list[Batch]) -> Counts:
-    return Counts(*map(sum, zip(*((b.n_targets, b.n_images, b.tokens.numel()) for b in micro))))
+    return Counts(*map(sum, zip(*((b.n_targets, b.n_images, b.tokens.numel(), len(b.lost)) for b in micro))))
 
 
 def gradients(

@@ -1,5 +1,6 @@
 """From a config to a corpus: sources are read, texts tokenised, images encoded; what fits into no row is reported."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,18 @@ import numpy as np
 from transfusion.cachedir import cachedir
 from transfusion.codec.codec import Codec
 from transfusion.data import latents as latent_cache
+from transfusion.data.arrays import Held, Joined
 from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed, has_copies
 from transfusion.data.images import SPLITS, ImageSet, load_images
 from transfusion.data.interleaved import DocumentSet, TextSegment, load_documents
+from transfusion.data.mixture import names_of
 from transfusion.data.report import Report
 from transfusion.data.text import TextSet, load_text
+from transfusion.data.windows import Stream
 from transfusion.sequence import Format, Text, image_length
 from transfusion.tokenizer import Tokenizer
+
+MEASURED = 16384  # images, or documents, of training, evenly spread, whose latents stand for all in their statistics
 
 
 def build_corpus(
@@ -37,11 +43,12 @@ def build_corpus(
         texts, reports[f"text {path}"] = load_text(path)
         text_sets.append(texts)
     captions = {
-        split: captions_of(image_sets, split, config, tokenizer, codec, fmt, seq_len, reports) for split in SPLITS
+        split: joined([captions_of(s, split, config, tokenizer, codec, fmt, seq_len, reports) for s in image_sets])
+        for split in SPLITS
     }
-    works = [np.asarray(ids, np.int64) for s in text_sets for ids in tokenizer.encode_many(s.train)]
+    text = tuple(stream_of(*named, tokenizer, fmt) for named in zip(names_of("text", config.text), text_sets))
     held_out = [text for s in text_sets for text in s.held_out]
-    corpus = Corpus(config, fmt, codec, captions, works, held_out)
+    corpus = Corpus(config, fmt, codec, captions, text, held_out)
     corpus = with_documents(corpus, document_sets, tokenizer, seq_len, reports)
     if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
         need = 2 + min(image_length(grid, fmt, has_copies(config, fmt.codes)) for grid in grids)
@@ -52,8 +59,19 @@ def build_corpus(
     return with_latents(corpus), reports
 
 
+def joined(parts: Sequence[Captions]) -> Captions:
+    """The captioned images of several sources as those of one."""
+    return Captions(*(Joined(getattr(p, name) for p in parts) for name in ("images", "texts", "ids", "names")))
+
+
+def stream_of(name: str, texts: TextSet, tokenizer: Tokenizer, fmt: Format) -> Stream:
+    """The training texts of a source, one after the other, each closed by <eos>."""
+    works = [np.append(np.asarray(ids, np.int64), fmt.special.eos) for ids in tokenizer.encode_many(texts.train)]
+    return Stream(name, np.concatenate(works) if works else np.zeros(0, np.int64), len(works))
+
+
 def captions_of(
-    image_sets: list[ImageSet],
+    images: ImageSet,
     split: str,
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -62,28 +80,27 @@ def captions_of(
     seq_len: int,
     reports: dict[str, Report],
 ) -> Captions:
-    """The captioned images of a split; what does not fit into a row goes into `reports`."""
+    """The captioned images of a split of a source; what does not fit into a row goes into `reports`."""
     pixels, names, texts, ids = [], [], [], []
-    for images in image_sets:
-        members = np.flatnonzero(images.split == split)
-        coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
-        for i in members:
-            of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
-            grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
-            room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt.codes))
-            fits = [j for j, c in enumerate(of_image) if len(c) <= room]
-            source = f"images {images.name}"
-            if not fits:
-                too_long = f"caption and image longer than seq_len = {seq_len}"
-                reports[source] = reports[source].skip(too_long, images.ids[i])
-                continue
-            if len(fits) < len(of_image):
-                reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
-            pixels.append(images.images[i])
-            names.append(images.ids[i])
-            texts.append([images.captions[i][j] for j in fits])
-            ids.append([of_image[j] for j in fits])
-    return Captions(pixels, texts, ids, names)
+    members = np.flatnonzero(images.split == split)
+    coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
+    for i in members:
+        of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
+        grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
+        room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt.codes))
+        fits = [j for j, c in enumerate(of_image) if len(c) <= room]
+        source = f"images {images.name}"
+        if not fits:
+            too_long = f"caption and image longer than seq_len = {seq_len}"
+            reports[source] = reports[source].skip(too_long, images.ids[i])
+            continue
+        if len(fits) < len(of_image):
+            reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
+        pixels.append(images.images[i])
+        names.append(images.ids[i])
+        texts.append([images.captions[i][j] for j in fits])
+        ids.append([of_image[j] for j in fits])
+    return Captions(Held(pixels), texts, ids, names)
 
 
 def with_documents(
@@ -91,9 +108,10 @@ def with_documents(
 ) -> Corpus:
     """The corpus with documents that have images anywhere; what does not fit into a row goes into `reports`."""
     number = {(s.name, name): i for i, (s, name) in enumerate((s, name) for s in sets for name in s.images)}
-    corpus = replace(corpus, interleaved=Interleaved([image for s in sets for image in s.images.values()], {}))
-    documents: dict[str, list[Document]] = {split: [] for split in NOTHING.documents}
-    for s in sets:
+    images = Joined(Held(list(s.images.values())) for s in sets)
+    corpus = replace(corpus, interleaved=replace(NOTHING, images=images))
+    documents: dict[str, list[list[Document]]] = {split: [[] for _ in sets] for split in NOTHING.documents}
+    for at, s in enumerate(sets):
         texts = [part.text for document in s.documents for part in document if isinstance(part, TextSegment)]
         coded = iter(tokenizer.encode_many(texts))
         for document, split, place, info in zip(s.documents, s.split, s.ids, s.info):
@@ -107,12 +125,13 @@ def with_documents(
                 source = f"documents {s.name}"
                 reports[source] = reports[source].skip(f"document longer than seq_len = {seq_len}", place)
             else:
-                documents[str(split)].append(Document(segments, info))
-    return replace(corpus, interleaved=replace(corpus.interleaved, documents=documents))
+                documents[str(split)][at].append(Document(segments, info, place))
+    by_split = {split: Joined(of_sets) for split, of_sets in documents.items()}
+    return replace(corpus, interleaved=Interleaved(images, by_split))
 
 
 def with_latents(corpus: Corpus) -> Corpus:
-    """The corpus with all images encoded, once: as latents standardised by statistics that its config now holds, or as
+    """The corpus with all images encoded, once: as latents, by whose statistics it standardises what it reads, or as
     codes where the format says so. A codec that costs nothing encodes when it is asked to."""
     config, codec = corpus.config, corpus.codec
     if config.latent_mean and (corpus.fmt.codes or not codec.key):
@@ -120,27 +139,40 @@ def with_latents(corpus: Corpus) -> Corpus:
         raise ValueError(f"data.latent_mean is of latents, and {of} are taken as they are: leave it out")
     if not codec.key:
         return corpus
-    config, folder = replace(config, codec_key=codec.key), cachedir("latents")
+    config = replace(config, codec_key=codec.key)
     groups = {**corpus.captions, "interleaved": corpus.interleaved}
-    raw = {name: latent_cache.encode(group.images, codec, folder) for name, group in groups.items()}
-    if corpus.fmt.codes:
-        encoded = {name: [codec.quantize(x[None])[0] for x in latents] for name, latents in raw.items()}
-    else:
-        placed = (s for d in corpus.interleaved.documents["train"] for s in d.segments if isinstance(s, Placed))
-        seen = raw["train"] + [raw["interleaved"][i] for i in sorted({s.number for s in placed})]
+    encoded = {name: latents_of(group.images, codec, bool(corpus.fmt.codes)) for name, group in groups.items()}
+    if not corpus.fmt.codes:
         if not config.latent_mean:
-            mean, std = measured(seen, codec)
+            documents = corpus.interleaved.documents["train"]
+            placed = {s.number for i in spread(len(documents)) for s in documents[i].segments if isinstance(s, Placed)}
+            captioned = encoded["train"].read(spread(len(encoded["train"])))
+            mean, std = measured(captioned + encoded["interleaved"].read(sorted(placed)), codec)
             config = replace(config, latent_mean=mean, latent_std=std)
         codec = codec.standardised(config.latent_mean, config.latent_std)
-        mean, std = (np.float32(v)[:, None, None] for v in (config.latent_mean, config.latent_std))
-        encoded = {name: [(x - mean) / std for x in latents] for name, latents in raw.items()}
     interleaved = replace(corpus.interleaved, latents=encoded.pop("interleaved"))
     captions = {split: replace(c, latents=encoded[split]) for split, c in corpus.captions.items()}
     return replace(corpus, config=config, codec=codec, captions=captions, interleaved=interleaved)
 
 
-def measured(latents: list[np.ndarray], codec: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each channel over the latents of training; ValueError where one never changes."""
+def latents_of(images: Sequence[np.ndarray], codec: Codec, codes: bool) -> Sequence[np.ndarray]:
+    """The latents, or codes, of images: those that a source keeps beside them, or, of images in memory, made once."""
+    if isinstance(images, Joined):
+        return Joined(latents_of(part, codec, codes) for part in images.parts)
+    if not isinstance(images, Held):
+        return images.latents(codec, codes)
+    latents = latent_cache.encode(images, codec, cachedir("latents"))
+    return Held([codec.quantize(x[None])[0] for x in latents] if codes else latents)
+
+
+def spread(n: int) -> list[int]:
+    """At most MEASURED of n numbers, evenly spread."""
+    return np.linspace(0, n - 1, min(n, MEASURED)).round().astype(int).tolist()
+
+
+def measured(found: list[np.ndarray | str], codec: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel over the latents that could be read; ValueError where one never changes."""
+    latents = [x for x in found if not isinstance(x, str)]
     if not latents:
         return (0.0,) * codec.channels, (1.0,) * codec.channels
     mean, std = latent_cache.statistics(latents)

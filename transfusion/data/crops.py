@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from transfusion.data.documents import permutation
 from transfusion.data.images import load_images
+from transfusion.data.order import key_of, shuffled
 from transfusion.data.report import Report
 
 
@@ -48,8 +48,8 @@ class Crops:
         """The k-th image of training."""
         c, train = self.config, self.splits["train"]
         epoch, i = divmod(k, len(train))
-        image = train[permutation(len(train), seed, 1, epoch)[i]]
-        rng = np.random.default_rng((seed, 2, k))
+        image = train[shuffled(i, len(train), seed, 1, epoch)]
+        rng = np.random.default_rng(key_of(seed, 2, k))
         top, left = rng.integers(0, image.shape[0] - c.image_size, 2, endpoint=True)
         image = image[top : top + c.image_size, left : left + c.image_size]
         if rng.random() < c.flips:

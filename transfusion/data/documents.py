@@ -1,4 +1,7 @@
-"""What the k-th document of training is, as a pure function of (seed, k): data in memory in, segments out.
+"""What the k-th document of a source is, as a pure function of (seed, k): data in, segments out.
+
+    plan     <bos> red apple [image 1426, t_max 1] <eos>, 23 positions      from what is recorded; no image is read
+    fill     the same with the image, of all documents that are wanted at once
 
     caption first (80 %)   <bos> caption [image] <eos>
        of which 10 %       <bos> [image]                        the caption is dropped, for guidance
@@ -6,7 +9,6 @@
     images anywhere        <bos> text [image] text [image] ... <eos>      each text and image learned or given
        of which 10 %       <bos> [image] [image]                the texts are dropped before a last image to draw,
                 10 %       <bos> [image]                        and the images with them, for guidance by both
-    text                   <bos> a window of a work (<eos> where the work ends)
 
 Shares of Zhou et al. 2024, section 4.1; caption dropout is ours (the paper is silent). An image without its caption is
 not closed by <eos>: what follows an image at the beginning of a document is its caption, and <eos> would deny that.
@@ -16,16 +18,23 @@ caption sees.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from transfusion.codec.codec import Codec
+from transfusion.data.arrays import Joined
 from transfusion.data.images import Size, parse_size
+from transfusion.data.mixture import Mixture, mixture, names_of
+from transfusion.data.order import key_of, shuffled
+from transfusion.data.windows import Stream
 from transfusion.sequence import Codes, Format, Image, Segment, Special, Text, image_length
 
 CONDITIONING = ("noised", "clean")
+Shown = TypeVar("Shown")  # an image, as it is read or as it is planned
+SAMPLE = 4096  # documents of a source, evenly spread, whose mean length stands for all
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,9 @@ class DataConfig:
     text: tuple[str, ...] = ("shakespeare",)
     tokenizer: str = ""  # path of a tokenizer.json; "" = the shipped one
     documents: tuple[str, ...] = ()
+    # shares in the positions of all of them of each of `images`, then of `documents`; () = each document once an epoch
+    image_weights: tuple[float, ...] = ()
+    text_weights: tuple[float, ...] = ()  # the same for `text`
     codec: str = "pixels"  # or a trained one, as `transfusion train-codec` leaves it
     factor: int = 0  # pixels a latent cell; 0 = the codec's
     latent_mean: tuple[float, ...] = ()  # of each channel; () = measured over the training images when a run begins
@@ -51,12 +63,25 @@ class DataConfig:
     conditioning: str = "noised"  # what follows an image sees it "noised" (the paper), or as a "clean" copy
     # largest t of an image before its caption, where noised: its t is uniform below; 1 = the law of all images
     noise_limit: float = 0.5
+    max_lost: int = 1000  # documents that a run may find unreadable before it stops
     workers: int = 0  # processes that prepare batches; 0 = the training process itself
 
     def __post_init__(self):
         for name in ("image_share", "caption_first", "caption_dropout", "other_captions", "noise_limit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} = {getattr(self, name)} is a share: give a number from 0 to 1")
+        for kind, paths in (("images", self.images), ("documents", self.documents), ("text", self.text)):
+            twice = [path for i, path in enumerate(paths) if Path(path) in map(Path, paths[:i])]
+            if twice:
+                how = "text_weights" if kind == "text" else "image_weights"
+                raise ValueError(f"data.{kind} names {', '.join(twice)} twice: name it once, and give it a data.{how}")
+        for name, paths in (("image_weights", [*self.images, *self.documents]), ("text_weights", self.text)):
+            weights = getattr(self, name)
+            if weights and (len(weights) != len(paths) or min(weights) < 0 or not sum(weights)):
+                raise ValueError(
+                    f"data.{name} = {', '.join(f'{w:g}' for w in weights)}: give a number of at least 0 for each of "
+                    f"{', '.join(paths) or 'no source'}, or leave it out"
+                )
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"data.conditioning = {self.conditioning!r}: choose one of {', '.join(CONDITIONING)}")
         if self.image_share and not self.images and not self.documents:
@@ -82,34 +107,28 @@ def has_copies(config: DataConfig, codes: int) -> bool:
     return config.conditioning == "clean" and not codes
 
 
-def image_alone(special: Special, image: Image | Codes) -> list[Segment]:
+def image_alone(special: Special, image: Shown) -> list[Text | Shown]:
     """An image without its caption: the unconditional half of guidance."""
     return [Text(np.array([special.bos])), image]
 
 
-def caption_then_image(special: Special, caption: np.ndarray, image: Image | Codes) -> list[Segment]:
+def caption_then_image(special: Special, caption: np.ndarray, image: Shown) -> list[Text | Shown]:
     return [Text(np.concatenate([[special.bos], caption])), image, Text(np.array([special.eos]))]
 
 
-def image_then_caption(special: Special, caption: np.ndarray, image: Image | Codes) -> list[Segment]:
+def image_then_caption(special: Special, caption: np.ndarray, image: Shown) -> list[Text | Shown]:
     return [Text(np.array([special.bos])), image, Text(np.concatenate([caption, [special.eos]]))]
-
-
-@lru_cache(maxsize=8)
-def permutation(n: int, *key: int) -> np.ndarray:
-    """The order of n things in the epoch that `key` names."""
-    return np.random.default_rng(key).permutation(n)
 
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """Captioned images of one split, captions as token ids."""
+    """Captioned images of one split, captions as token ids; of several sources each is `Joined` of theirs."""
 
-    images: Sequence[np.ndarray]  # [H, W, 3] uint8 each
-    texts: list[list[str]]
-    ids: list[list[np.ndarray]]
-    names: list[str]
-    latents: list[np.ndarray] | None = None  # [C, h, w] float32 each, or codes [h, w]; None = encoded when asked for
+    images: Sequence[np.ndarray]  # as data/arrays.py says
+    texts: Sequence[list[str]]
+    ids: Sequence[list[np.ndarray]]
+    names: Sequence[str]
+    latents: Sequence[np.ndarray] | None = None  # as the codec makes them, or codes; None = encoded when asked for
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,29 +144,61 @@ class Placed(NamedTuple):
 class Document(NamedTuple):
     segments: list[Text | Placed]
     info: dict[str, Any]
+    name: str = ""  # file and line
 
 
 @dataclass(frozen=True, eq=False)
 class Interleaved:
     """Documents with images anywhere, texts as token ids, and all their images."""
 
-    images: Sequence[np.ndarray]  # [H, W, 3] uint8 each
-    documents: dict[str, list[Document]]  # by split: train, held_out
-    latents: list[np.ndarray] | None = None  # as in Captions
+    images: Sequence[np.ndarray]  # as data/arrays.py says
+    documents: dict[str, Sequence[Document]]  # by split: train, held_out
+    latents: Sequence[np.ndarray] | None = None  # as in Captions
 
 
-NOTHING = Interleaved([], {"train": [], "held_out": []})
+NOTHING = Interleaved(Joined([]), {"train": Joined([]), "held_out": Joined([])})
+
+
+class Source(NamedTuple):
+    """Documents of training: `size` of them, from number `first` on; captioned images have the first numbers."""
+
+    name: str
+    first: int
+    size: int
+
+
+class Pictures(NamedTuple):
+    """Images, and their latents if they are kept."""
+
+    images: Sequence[np.ndarray]
+    latents: Sequence[np.ndarray] | None
+
+
+class Planned(NamedTuple):
+    """An image of a planned document: its number in `Corpus.pictures`, and how it is to be learned."""
+
+    number: int
+    t_max: float
+    copy: bool
+
+
+class Plan(NamedTuple):
+    """What a document is, before its images are read."""
+
+    name: str
+    segments: list[Text | Planned]
+    length: int  # positions
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """All data of a run, in memory."""
+    """All data of a run."""
 
     config: DataConfig  # with the latents' statistics
     fmt: Format
     codec: Codec  # standardised by them
     captions: dict[str, Captions]  # by split: train, held_out_image, held_out_combination
-    works: list[np.ndarray]  # token ids of each training text
+    text: tuple[Stream, ...]  # of training, a source each
     held_out_text: list[str]
     interleaved: Interleaved = NOTHING
 
@@ -162,32 +213,64 @@ class Corpus:
         return replace(self, codec=replace(self.codec, encode=None, decode=None, quantize=None, lookup=None))
 
     @cached_property
-    def stream(self) -> np.ndarray:
-        """All works one after the other, each closed by <eos>."""
-        return np.concatenate([np.append(w, self.special.eos) for w in self.works])
+    def image_sources(self) -> list[Source]:
+        """The sources of documents with images: those of config.images, then those of config.documents."""
+        found, first = [], 0
+        for kind, paths, documents in (
+            ("images", self.config.images, self.captions["train"].ids),
+            ("documents", self.config.documents, self.interleaved.documents["train"]),
+        ):
+            parts = documents.parts if isinstance(documents, Joined) else [documents]
+            for name, part in zip(names_of(kind, paths), parts, strict=True):
+                found.append(Source(name, first, len(part)))
+                first += len(part)
+        return found
 
     @cached_property
-    def image_document_length(self) -> float:
-        """Mean positions of an image document."""
-        train, copies = self.captions["train"], (1 - self.config.caption_first) * self.copies
-        lengths = [self.length(document.segments) for document in self.interleaved.documents["train"]]
-        for image, ids in zip(train.images, train.ids):
-            once, twice = (image_length(self.grid(image), self.fmt, copy) for copy in (False, True))
-            lengths.append(2 + len(ids[0]) + once + copies * (twice - once))
-        return float(np.mean(lengths))
+    def image_mixture(self) -> Mixture:
+        """How the sources of documents with images take turns."""
+        names, sizes = [s.name for s in self.image_sources], [s.size for s in self.image_sources]
+        return mixture(names, sizes, self.config.image_weights, self.lengths)
 
-    def grid(self, image: np.ndarray) -> tuple[int, int]:
-        """(rows, columns) of patches, or of codes, of an image [H, W, 3]."""
-        return self.codec.grid(image.shape[:2], self.fmt.patch_size)
+    @cached_property
+    def lengths(self) -> list[float]:
+        """Mean positions of the documents of each source of images; of a large one estimated from some."""
+        found = []
+        for _, first, size in self.image_sources:
+            some = first + np.linspace(0, size - 1, min(size, SAMPLE)).round().astype(int)
+            found.append(float(np.mean([self.expected_length(int(i)) for i in some])) if size else 0.0)
+        return found
+
+    @property
+    def image_document_length(self) -> float:
+        """Mean positions of a document with images, as the sources are mixed."""
+        shares = self.image_mixture.shares
+        return float(np.average(self.lengths, weights=np.array(shares, float)))
+
+    def expected_length(self, i: int) -> float:
+        """Mean positions of the i-th document of training."""
+        train = self.captions["train"]
+        if i >= len(train):
+            return self.length(self.interleaved.documents["train"][i - len(train)].segments)
+        grid = self.grid(train.images.shape(i))
+        once, twice = (image_length(grid, self.fmt, copy) for copy in (False, True))
+        return 2 + len(train.ids[i][0]) + once + (1 - self.config.caption_first) * self.copies * (twice - once)
+
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of patches, or of codes, of an image of (height, width) pixels."""
+        return self.codec.grid(shape, self.fmt.patch_size)
 
     def length(self, segments: Sequence[Text | Placed]) -> int:
         """Positions of a document with images anywhere, <bos> and <eos> included."""
-        parts = self.conditions(segments)
-        return 2 + sum(
+        return 2 + self.planned_length(self.planned(segments))
+
+    def planned_length(self, segments: Sequence[Text | Planned]) -> int:
+        """Positions of these segments."""
+        return sum(
             len(s.ids)
             if isinstance(s, Text)
-            else image_length(self.grid(self.interleaved.images[s.number]), self.fmt, copy)
-            for s, _, copy in parts
+            else image_length(self.grid(self.pictures.images.shape(s.number)), self.fmt, s.copy)
+            for s in segments
         )
 
     @property
@@ -200,68 +283,98 @@ class Corpus:
         """Largest t of an image that is read later; codes know no noise."""
         return 1.0 if self.copies or self.fmt.codes else self.config.noise_limit
 
-    def conditions(self, segments: Sequence[Text | Placed]) -> list[tuple[Text | Placed, float, bool]]:
-        """Each segment with, of an image, its t_max and whether it has a clean copy: what follows it decides."""
-        last = len(segments) - 1
-        limits = [0.0 if isinstance(s, Placed) and not s.learn else 1.0 for s in segments]
-        limits = [min(t, self.read_limit) if i < last else t for i, t in enumerate(limits)]
-        return [(s, t, t > 0 and i < last and self.copies) for i, (s, t) in enumerate(zip(segments, limits))]
+    @cached_property
+    def pictures(self) -> Pictures:
+        """All images of training: the captioned ones, then those of documents with images anywhere."""
+        of = [group for group in (self.captions["train"], self.interleaved) if len(group.images)]
+        kept = bool(of) and all(group.latents is not None for group in of)
+        return Pictures(Joined(g.images for g in of), Joined(g.latents for g in of) if kept else None)
 
-    def image(self, of: Captions | Interleaved, i: int, t_max: float = 1.0, copy: bool = False) -> Image | Codes:
-        """The i-th image as a segment; with t_max 0 it is given, not learned."""
-        latents = of.latents[i] if of.latents else self.codec.encode(of.images[i][None])[0]
+    def encoded(self, of: Captions | Interleaved | Pictures, numbers: Sequence[int]) -> list[np.ndarray | str]:
+        """Of each image the latents as the model learns them, or its codes, or why they cannot be had."""
+        if of.latents is None:
+            found = of.images.read(numbers)
+            return [one if isinstance(one, str) else self.codec.encode(one[None])[0] for one in found]
+        found = of.latents.read(numbers)
+        if self.fmt.codes or not self.config.latent_mean:
+            return found
+        mean, std = (np.float32(v)[:, None, None] for v in (self.config.latent_mean, self.config.latent_std))
+        return [one if isinstance(one, str) else (one - mean) / std for one in found]
+
+    def segment(self, latents: np.ndarray, t_max: float, copy: bool) -> Image | Codes:
         return Codes(latents, learn=t_max > 0) if self.fmt.codes else Image(latents, t_max, copy)
 
-    def document(self, segments: Sequence[Text | Placed]) -> list[Segment]:
-        """A document with images anywhere, without <bos> and <eos>."""
+    def image(self, of: Captions | Interleaved, i: int, t_max: float = 1.0, copy: bool = False) -> Image | Codes:
+        """The i-th image as a segment; with t_max 0 it is given, not learned. ValueError if it cannot be read."""
+        (found,) = self.encoded(of, [i])
+        if isinstance(found, str):
+            raise ValueError(f"image {i}: {found}")
+        return self.segment(found, t_max, copy)
+
+    def planned(self, segments: Sequence[Text | Placed]) -> list[Text | Planned]:
+        """A document with images anywhere, each with its t_max, and a clean copy or none: what follows decides."""
+        last, before = len(segments) - 1, len(self.captions["train"])
+        limits = [0.0 if isinstance(s, Placed) and not s.learn else 1.0 for s in segments]
+        limits = [min(t, self.read_limit) if i < last else t for i, t in enumerate(limits)]
         return [
-            s if isinstance(s, Text) else self.image(self.interleaved, s.number, t_max, copy)
-            for s, t_max, copy in self.conditions(segments)
+            s if isinstance(s, Text) else Planned(before + s.number, t, t > 0 and i < last and self.copies)
+            for i, (s, t) in enumerate(zip(segments, limits))
         ]
 
+    def plan(self, seed: int, source: int, k: int) -> Plan:
+        """The k-th document of a source of images: every one once an epoch, in an order of the epoch's own."""
+        name, first, size = self.image_sources[source]
+        epoch, i = divmod(k, size)
+        i = first + shuffled(i, size, seed, 1, name, epoch)
+        draws = np.random.default_rng(key_of(seed, 2, name, k)).random(4)
+        train = self.captions["train"]
+        if i < len(train):
+            called, segments = train.names[i], self.captioned(i, *draws)
+        else:
+            document = self.interleaved.documents["train"][i - len(train)]
+            called, segments = document.name or f"number {i - first}", self.interleaved_document(document, draws[3])
+        return Plan(f"{name}, {called}", segments, self.planned_length(segments))
+
+    def fill(self, plans: Sequence[Plan]) -> list[list[Segment] | str]:
+        """The documents, all their images read at once; a str for one that lacks an image: its name, and why."""
+        numbers = [s.number for plan in plans for s in plan.segments if isinstance(s, Planned)]
+        found = iter(self.encoded(self.pictures, numbers))
+        documents = []
+        for plan in plans:
+            got = [s if isinstance(s, Text) else next(found) for s in plan.segments]
+            why = next((one for one in got if isinstance(one, str)), "")
+            documents.append(
+                f"{plan.name}: {why}"
+                if why
+                else [s if s is one else self.segment(one, s.t_max, s.copy) for s, one in zip(plan.segments, got)]
+            )
+        return documents
+
     def image_document(self, seed: int, k: int) -> list[Segment]:
-        """The k-th document with images: every one once an epoch, in an order of the epoch's own."""
-        c, train, documents = self.config, self.captions["train"], self.interleaved.documents["train"]
-        n = len(train) + len(documents)
-        epoch, i = divmod(k, n)
-        i = permutation(n, seed, 1, epoch)[i]
-        rng = np.random.default_rng((seed, 2, k))
-        other, which, first, drop = rng.random(4)
-        if i >= len(train):
-            return self.interleaved_document(documents[i - len(train)].segments, drop)
-        ids = train.ids[i]
+        """The k-th document with images of a run; ValueError if an image of it cannot be read."""
+        (document,) = self.fill([self.plan(seed, *self.image_mixture.draw(k))])
+        if isinstance(document, str):
+            raise ValueError(document)
+        return document
+
+    def captioned(self, i: int, other: float, which: float, first: float, drop: float) -> list[Text | Planned]:
+        """The i-th captioned image as a document; draws in [0, 1) decide which caption it has, and where."""
+        c, ids = self.config, self.captions["train"].ids[i]
         caption = ids[0]
         if len(ids) > 1 and other < c.other_captions:
             caption = ids[1 + int(which * (len(ids) - 1))]
-        if first < c.caption_first:
-            if drop < c.caption_dropout:
-                return image_alone(self.special, self.image(train, i))
-            return caption_then_image(self.special, caption, self.image(train, i))
-        return image_then_caption(self.special, caption, self.image(train, i, self.read_limit, self.copies))
+        if first >= c.caption_first:
+            return image_then_caption(self.special, caption, Planned(i, self.read_limit, self.copies))
+        image = Planned(i, 1.0, False)
+        if drop < c.caption_dropout:
+            return image_alone(self.special, image)
+        return caption_then_image(self.special, caption, image)
 
-    def interleaved_document(self, segments: Sequence[Text | Placed], drop: float) -> list[Segment]:
+    def interleaved_document(self, document: Document, drop: float) -> list[Text | Planned]:
         """A document with images anywhere; `drop` in [0, 1) decides what is dropped before a last image to draw."""
-        images, p = [s for s in segments if isinstance(s, Placed)], self.config.caption_dropout
+        segments, p = document.segments, self.config.caption_dropout
+        images = [s for s in segments if isinstance(s, Placed)]
         bos, eos = (Text(np.array([token])) for token in (self.special.bos, self.special.eos))
         if segments[-1] not in images or not segments[-1].learn or drop >= p * min(len(images), 2):
-            return [bos, *self.document(segments), eos]
-        return [bos, *self.document(images if drop < p and len(images) > 1 else images[-1:])]
-
-    def text_documents(self, seed: int, k: int, room: int, window: int = 0) -> list[list[Text]]:
-        """The k-th window of the text, parted where a work ends, cut to `room` positions in all.
-
-        The text is a row of windows of `window` tokens (0: as many as fit into the room), shifted anew each epoch.
-        """
-        window = window or max(room, 2) - 1
-        n = max(1, len(self.stream) // window)
-        epoch, i = divmod(k, n)
-        offset = int(np.random.default_rng((seed, 3, epoch)).integers(window))
-        start = int(permutation(n, seed, 4, epoch)[i]) * window + offset
-        ids = np.take(self.stream, range(start, start + min(window, max(room - 1, 0))), mode="wrap")
-        documents = []
-        for part in np.split(ids, np.flatnonzero(ids == self.special.eos) + 1):
-            part = part[: max(room - 1, 0)]  # each <bos> takes a position too
-            if len(part) > 1:
-                documents.append([Text(np.concatenate([[self.special.bos], part]))])
-                room -= len(part) + 1
-        return documents
+            return [bos, *self.planned(segments), eos]
+        return [bos, *self.planned(images if drop < p and len(images) > 1 else images[-1:])]

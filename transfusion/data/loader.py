@@ -1,7 +1,9 @@
-"""Batches of training, each a pure function of (seed, step): no state to save, no order to lose.
+"""Batches of training, each a pure function of (seed, step): the same from any number of ranks and workers.
 
-step s takes image documents s*n .. s*n + n-1, packs as many of the first of them as fit into its rows (first-fit
-decreasing), and fills every gap with text: row r gets window s*rows + r, cut to the room that is left.
+A step's rows are packed by the pack, 32 rows or fewer, and packs are numbered through the run. Pack p takes image
+documents p n .. p n + n - 1, lays as many of the first of them as fit into its rows (first-fit decreasing), and fills
+every gap with text. All of this is planned from lengths, so that a rank plans the packs of its rows and reads no more
+than what stands in these rows.
 
 | caption [image] | caption [image] | text |
 | [image] caption | caption [image] | text |
@@ -11,19 +13,35 @@ decreasing), and fills every gap with text: row r gets window s*rows + r, cut to
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from transfusion.data.documents import Corpus
-from transfusion.sequence import Batch, Format, collate, first_fit, lay_out
+from transfusion.data.documents import Corpus, Plan
+from transfusion.data.windows import LEAST_TEXT, Part, Windows, cut_to_gaps, text_documents
+from transfusion.sequence import Batch, Format, Sequence, collate, first_fit, lay_out
 
-LEAST_TEXT = 8  # a smaller gap stays padding
+PACK = 32  # rows that are packed together, at most
+MEASURED = 8  # packs whose gaps say how much text a pack has room for
+
+
+class Row(NamedTuple):
+    """What a row is to hold, and the documents that are too long for any."""
+
+    images: list[Plan]
+    text: list[Part]
+    too_long: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Packer:
-    """Makes the batches of a run."""
+    """Makes the batches of a run.
+
+    One that goes on from a checkpoint is given `since`, the step and what `cursors` gave for it when it was saved: then
+    every source goes on where it was, also where sources, weights, or sizes have changed since.
+    """
 
     corpus: Corpus
     fmt: Format
@@ -33,6 +51,7 @@ class Packer:
     accumulate: int = 1  # micro-batches that the rows of a step are split into
     rank: int = 0  # which of `ranks` equal parts of each micro-batch to make
     ranks: int = 1
+    since: tuple[int, dict[str, int]] | None = None
 
     def __post_init__(self):
         parts = self.accumulate * self.ranks
@@ -43,38 +62,140 @@ class Packer:
             )
         assert 0 <= self.rank < self.ranks, f"rank {self.rank} of {self.ranks}"
 
+    @cached_property
+    def pack_rows(self) -> int:
+        """Rows of a pack: the most that the rows of a step divide into."""
+        return next(n for n in range(min(PACK, self.rows), 0, -1) if self.rows % n == 0)
+
     @property
-    def images_per_step(self) -> int:
-        """Image documents that a step looks at: as many as fill their share of its positions."""
+    def packs(self) -> int:
+        """Packs of a step."""
+        return self.rows // self.pack_rows
+
+    @cached_property
+    def images_per_pack(self) -> int:
+        """Image documents that a pack looks at: as many as fill their share of its positions."""
         share = self.corpus.config.image_share
         if not share:
             return 0
-        return max(1, int(share * self.rows * self.seq_len / self.corpus.image_document_length))
+        return max(1, int(share * self.pack_rows * self.seq_len / self.corpus.image_document_length))
+
+    @property
+    def images_per_step(self) -> int:
+        return self.packs * self.images_per_pack
+
+    @cached_property
+    def windows(self) -> Windows:
+        """The text, in windows that fill a row."""
+        return Windows(self.corpus.text, max(1, self.seq_len - 1), self.corpus.config.text_weights)
+
+    @cached_property
+    def text_per_pack(self) -> int:
+        """Tokens of text that a pack has room for, on average over the first packs; 0 = the run has no text."""
+        if not any(len(s.ids) for s in self.corpus.text) or self.corpus.config.image_share == 1:
+            return 0
+        n = MEASURED if self.images_per_pack else 1
+        rooms = [room for pack in range(n) for room in self.rooms(self.packed(pack, {})[0])]
+        return max(1, sum(room - 1 for room in rooms if room >= LEAST_TEXT) // n)
+
+    def rooms(self, rows: list[list[Plan]]) -> list[int]:
+        """Positions that these rows have left."""
+        return [self.seq_len - sum(plan.length for plan in row) for row in rows]
+
+    def counted(self, step: int) -> dict[str, int]:
+        """Documents and windows before a step by source, in a run without `since`."""
+        images, text = step * self.images_per_step, step * self.packs * self.text_per_pack
+        found = {}
+        for k, mix in ((images, self.corpus.image_mixture), (text // self.windows.size, self.windows.mixture)):
+            if any(mix.sizes):
+                found |= zip(mix.names, mix.taken(k))
+        return found
+
+    @cached_property
+    def moved(self) -> dict[str, int]:
+        """How many more documents than `counted` says have been taken of each source."""
+        if self.since is None:
+            return {}
+        step, cursors = self.since
+        return {name: cursors.get(name, 0) - k for name, k in self.counted(step).items()}
+
+    def cursors(self, step: int) -> dict[str, int]:
+        """How many documents of each source of images, and windows of each text, come before a step."""
+        return {name: k + self.moved.get(name, 0) for name, k in self.counted(step).items()}
+
+    def packed(self, pack: int, moved: dict[str, int]) -> tuple[list[list[Plan]], list[str]]:
+        """(image documents of each row of a pack, those too long for any row).
+
+        The last of the pack's documents, of any length, wait for an epoch if not all fit.
+        """
+        mix, plans = self.corpus.image_mixture, []
+        for k in range(pack * self.images_per_pack, (pack + 1) * self.images_per_pack):
+            source, number = mix.draw(k)
+            plans.append(self.corpus.plan(self.seed, source, number + moved.get(mix.names[source], 0)))
+        too_long = [
+            f"{p.name}: {p.length} positions, a row has {self.seq_len}" for p in plans if p.length > self.seq_len
+        ]
+        plans = [plan for plan in plans if plan.length <= self.seq_len]
+        placed, left_over = first_fit([plan.length for plan in plans], self.pack_rows, self.seq_len)
+        while left_over:  # first-fit leaves the shortest over, and would never train on them
+            plans = plans[: -len(left_over)]
+            placed, left_over = first_fit([plan.length for plan in plans], self.pack_rows, self.seq_len)
+        return [[plans[i] for i in row] for row in placed], too_long
+
+    def planned(self, pack: int) -> list[Row]:
+        """The rows of a pack, from lengths alone, in an order in which ranks have alike much of everything."""
+        rows, too_long = self.packed(pack, self.moved)
+        text, n = [[] for _ in rows], self.text_per_pack
+        if n:
+            text = cut_to_gaps(self.rooms(rows), pack * n, n, self.windows.size)
+        first, *rest = spread_out(len(rows))  # first-fit leaves images in the first rows, and text in the last
+        return [Row(rows[first], text[first], tuple(too_long)), *(Row(rows[r], text[r]) for r in rest)]
+
+    def text(self, part: Part) -> list[Sequence]:
+        """The documents of a part of the text."""
+        mix = self.windows.mixture
+        source, k = mix.draw(part.window)
+        ids = self.windows.read(self.seed, source, k + self.moved.get(mix.names[source], 0), part.at, part.n)
+        return [lay_out(document, self.fmt) for document in text_documents(ids, self.fmt.special)]
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, with S = rows / accumulate: rows m S + r S / R ... of the m-th of all.
 
-        The last of the step's documents, of any length, wait for an epoch if not all fit.
+        A document of which an image cannot be read is padding, and stands in the batch's `lost`.
         """
-        n = self.images_per_step
-        images = [lay_out(self.corpus.image_document(self.seed, step * n + i), self.fmt) for i in range(n)]
-        placed, left_over = first_fit(map(len, images), self.rows, self.seq_len)
-        while left_over:  # first-fit leaves the shortest over, and would never train on them
-            images = images[: -len(left_over)]
-            placed, left_over = first_fit(map(len, images), self.rows, self.seq_len)
-        rows = [[images[i] for i in row] for row in placed]
-        if self.corpus.works and self.corpus.config.image_share < 1:
-            for r, row in enumerate(rows):
-                room = self.seq_len - sum(map(len, row))
-                if room >= LEAST_TEXT:
-                    k = step * self.rows + r
-                    documents = self.corpus.text_documents(self.seed, k, room, self.seq_len - 1)
-                    row.extend(lay_out(d, self.fmt) for d in documents)
         micro, own = self.rows // self.accumulate, self.rows // self.accumulate // self.ranks
+        firsts = range(self.rank * own, self.rows, micro)
+        numbers = [row for first in firsts for row in range(first, first + own)]
+        packs = {p: self.planned(step * self.packs + p) for p in {row // self.pack_rows for row in numbers}}
+        rows = {row: packs[row // self.pack_rows][row % self.pack_rows] for row in numbers}
+        plans = [plan for row in rows.values() for plan in row.images]
+        filled = iter(self.corpus.fill(plans))
+        laid: dict[int, list[Sequence]] = {}
+        lost: dict[int, list[str]] = {}
+        for number, row in rows.items():
+            laid[number], lost[number] = [], [*row.too_long]
+            for plan, document in zip(row.images, filled):
+                if isinstance(document, str):
+                    lost[number].append(document)
+                    continue
+                laid[number].append(lay_out(document, self.fmt))
+                assert len(laid[number][-1]) == plan.length, f"{plan.name} has not the size that is on record"
+            laid[number] += [sequence for part in row.text for sequence in self.text(part)]
         return [
-            collate(rows[first : first + own], self.seq_len, self.fmt, first)
-            for first in range(self.rank * own, self.rows, micro)
+            collate(
+                [laid[row] for row in range(first, first + own)],
+                self.seq_len,
+                self.fmt,
+                first,
+                tuple(name for row in range(first, first + own) for name in lost[row]),
+            )
+            for first in firsts
         ]
+
+
+def spread_out(n: int) -> list[int]:
+    """0 ... n - 1 so that every stretch has some of all: by their bits in reverse order (van der Corput)."""
+    return sorted(range(n), key=lambda i: f"{i:032b}"[::-1])
 
 
 class Steps(IterableDataset):

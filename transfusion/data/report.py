@@ -1,6 +1,7 @@
 """What a source of data left out, and why: bad files are counted and named, never fatal and never silent."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 NAMED = 3  # names shown of each reason
 
@@ -32,3 +33,24 @@ class Report:
             more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
             lines.append(f"  {len(names)} x {reason}: {', '.join(names[:NAMED])}{more}")
         return "\n".join(lines)
+
+
+@dataclass
+class Lost:
+    """The documents that a run could not read since it began or went on: named in a file, counted, limited."""
+
+    file: Path
+    most: int
+    count: int = 0  # of all ranks
+
+    def found(self, names: list[str], of_all: int):
+        """Takes note of a step's, and of how many all ranks have; ValueError, on all of them, beyond the limit."""
+        if names:
+            with self.file.open("a") as file:
+                file.write("".join(f"{name}\n" for name in names))
+        self.count += of_all
+        if self.count > self.most:
+            raise ValueError(
+                f"{self.count} documents could not be read, more than data.max_lost = {self.most}: {self.file} names "
+                "them; mend or leave out their sources, or raise the limit"
+            )

@@ -35,7 +35,7 @@ def edits(corpus: Corpus, least: int = 2) -> dict[str, list[Document]]:
 def draw_last(engine: Engine, corpus: Corpus, documents: list[Document], config: EvalConfig) -> list[np.ndarray]:
     """uint8 [h, w, 3] each: what the model draws in the place of each document's last image, of the same size."""
     prompts = [given(corpus, d)[:-2] for d in documents]
-    grids = [corpus.grid(corpus.interleaved.images[d.segments[-1].number]) for d in documents]
+    grids = [corpus.grid(corpus.interleaved.images.shape(d.segments[-1].number)) for d in documents]
     answers = engine.complete(prompts, "draw", config.seed, engine.sampling(**config.sampling), grids)
     return [np.asarray(engine.picture(answer[0])) for answer in answers]
 

@@ -1,0 +1,124 @@
+"""What goes wrong in one of several ranks: nothing is lost beyond the last checkpoint, and all say what it was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import TORCHRUN, launch, quiet
+from test_parallel import assert_alike
+from tiny_run import write_tiny
+
+from transfusion.checkpoint import checkpoints, read_state
+from transfusion.config import load_config
+from transfusion.metrics import read_records
+from transfusion.run import RunConfig
+from transfusion.train import train
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun, limits and /proc")
+SHORT = ["train.steps=20", "train.rows=4", "train.log_every=1", "train.save_every=5", "train.keep=9"]
+FAULTS = str(Path(__file__).with_name("faults.py"))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def words(config: Path, run: Path, *overrides: str) -> list[str]:
+    return ["train", str(config), *SHORT, f"out={run}", *overrides]
+
+
+def failing(kind: str, config: Path, run: Path, *overrides: str, restarts: int = 0) -> subprocess.CompletedProcess:
+    """Two ranks train, of which the second has this fault in step 12."""
+    ranks = ["--nproc-per-node=2", f"--max-restarts={restarts}", FAULTS, kind, "1", "12"]
+    return subprocess.run([*TORCHRUN, *ranks, *words(config, run, *overrides)], **quiet())
+
+
+def saved(run: Path) -> list[int]:
+    assert not list((run / "checkpoints").glob(".tmp*"))
+    return [read_state(path)["step"] for path in checkpoints(run / "checkpoints")]
+
+
+def test_a_rank_that_dies_is_started_again_and_the_run_ends_as_if_it_had_not(config, tmp_path):
+    done = failing("dies", config, tmp_path / "died", restarts=1)
+    assert done.returncode == 0, done.stderr
+    train(load_config(RunConfig, config, SHORT), tmp_path / "whole")
+    assert_alike(tmp_path / "whole", tmp_path / "died")
+
+
+def test_where_a_rank_hangs_all_say_where_they_stand_and_leave(config, tmp_path):
+    done = failing("hangs", config, tmp_path, "parallel.timeout=6")
+    assert done.returncode != 0
+    assert done.stderr.count("Timeout (0:00:06)!") == 2, done.stderr
+    assert "faults.py" in done.stderr and "in fail" in done.stderr, "the one that hangs is seen where it does"
+    assert saved(tmp_path) == [5, 10]
+
+
+def test_a_step_with_nan_in_one_rank_is_skipped_by_all(config, tmp_path):
+    done = failing("finds nan", config, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [r["skipped"] for r in read_records(tmp_path / "metrics.jsonl")] == [0] * 12 + [1] * 8
+    assert saved(tmp_path) == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("how", ["train.save_async=false", "train.save_async=true"])
+def test_where_one_rank_cannot_write_all_leave_with_its_reason(config, tmp_path, how):
+    done = failing("has no disk left", config, tmp_path, how)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        (line,) = [line for line in done.stderr.splitlines() if f"rank {rank} ends: " in line]
+        assert "cannot be written" in line and "rank 1: " in line, done.stderr
+    assert saved(tmp_path) == [5, 10]
+
+
+def test_a_loader_that_is_killed_ends_its_rank_and_a_restart_goes_on(config, tmp_path):
+    done = failing("loses a worker", config, tmp_path, "data.workers=1", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "DataLoader worker" in done.stderr and "rank 1 ends: " in done.stderr
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == list(range(1, 21))
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(config, tmp_path):
+    done = failing("is told to stop", config, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "stopped by" in done.stdout and "at step 13 of 20" in done.stdout
+    assert saved(tmp_path) == [5, 10, 13]
+
+
+KILLS = int(os.environ.get("TRANSFUSION_KILLS", 2))  # 20 were tried: docs/log.md
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_ranks_that_are_killed_again_and_again_train_what_undisturbed_ones_do(config, tmp_path):
+    dice, run, steps = random.Random(1), tmp_path / "killed", 60 * (KILLS + 1)
+    longer = [f"train.steps={steps}", "train.save_every=3", "train.keep=2"]
+    command = [*TORCHRUN, "--nproc-per-node=2", f"--max-restarts={2 * KILLS}", "-m", "transfusion.cli"]
+    torchrun = subprocess.Popen([*command, *words(config, run, *longer)], **quiet())
+    lines, killed = run / "metrics.jsonl", 0
+    while killed < KILLS and torchrun.poll() is None:
+        seen = lines.stat().st_mtime_ns if lines.exists() else 0
+        begun = time.monotonic()  # most are killed in the middle of training, some on their way to it
+        wait = dice.choice([600.0, 600.0, 600.0, dice.uniform(0, 3)])
+        while time.monotonic() - begun < wait and torchrun.poll() is None:
+            if lines.exists() and lines.stat().st_mtime_ns != seen:
+                break
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.2))
+        ranks = [pid for pid in children(torchrun.pid) if "transfusion.cli" in Path(f"/proc/{pid}/cmdline").read_text()]
+        if len(ranks) == 2:
+            os.kill(dice.choice(ranks), signal.SIGKILL)
+            killed += 1
+    _, err = torchrun.communicate()
+    assert torchrun.returncode == 0, err[-3000:]
+    assert killed == KILLS, f"the run was over after {killed} kills"
+    whole = {"config": config, "overrides": [*SHORT, *longer], "out": tmp_path / "whole"}
+    launch(2, [whole], tmp_path)
+    assert_alike(tmp_path / "whole", run, steps)
