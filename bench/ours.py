@@ -19,12 +19,12 @@ from transfusion import batching, train
 from transfusion.codec.codec import Codec
 from transfusion.config import load_config
 from transfusion.data.documents import DataConfig
+from transfusion.flops import count_packed
 from transfusion.generate import Engine
 from transfusion.model.float8 import use_float8
 from transfusion.model.mask import BLOCK
 from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig, build_optimizers
-from transfusion.plan import count_packed
 from transfusion.run import RunConfig, SampleConfig, TrainConfig, uses_float8
 from transfusion.sequence import Batch, Format, Image, Segment, Special, Text, collate, lay_out
 

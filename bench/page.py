@@ -73,7 +73,7 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
 - "calm": the speed of small products that bracket each repetition, median over the rounds, over the best such median
   on that machine with as many threads. Well below 1, the machine was doing something else, and the wall seconds are not
   to be trusted. The load above a table is the machine's before the first process was started.
-- MFU: FLOPs of the step by the area that its mask allows (`count_packed` in `transfusion/plan.py`) over the seconds of
+- MFU: FLOPs of the step by the area that its mask allows (`count_packed` in `transfusion/flops.py`) over the seconds of
   forward and backward, over the best product of square matrices in the same process, just after; "of the step": over
   the seconds of the whole step. Square matrices in the case's precision, so in bf16 for "ours, float8" too, whose
   products have a peak twice as high.

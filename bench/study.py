@@ -5,7 +5,7 @@
 
 A run that is on record is not repeated, one that was interrupted goes on from its checkpoint, both only under the very
 settings that it had; runs may be split among machines by `only=ARM` and `seeds=0,1`. The steps of a run follow from
-its own FLOPs as they are packed (`count_packed` in transfusion/plan.py), so arms of unequal cost a step get unequal
+its own FLOPs as they are packed (`count_packed` in transfusion/flops.py), so arms of unequal cost a step get unequal
 steps, and see unequal numbers of images. Arms are compared seed by seed: the mean difference to each arm that they are
 measured against, with the 95 % interval of Student's t. It covers what the seed decides in training, not the choice of
 what is evaluated.
@@ -30,7 +30,7 @@ from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
 from transfusion.config import from_dict, load_config, to_dict
-from transfusion.plan import count_6nd, count_packed
+from transfusion.flops import count_6nd, count_packed
 from transfusion.run import RunConfig, resolve
 
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by seeds - 1

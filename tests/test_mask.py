@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_rows import packed, rich_rows, seeds
 from torch.nn.attention.flex_attention import flex_attention
 
-from transfusion.model.mask import block_mask, dense_mask, visible
+from transfusion.model.mask import block_mask, dense_mask, pairs_seen, visible
 
 # several images in a document, several documents in a row, padding in row 1, images that cross a tile's edge
 LAYOUT = [
@@ -130,6 +130,12 @@ def slow_attention(q, k, v, sees):
         weights = torch.softmax(k[b, g, keys] @ q[b, h, i] / math.sqrt(q.shape[-1]), 0)
         out[b, h, i] = weights @ v[b, g, keys]
     return out
+
+
+@given(layouts(1), full_or_causal)
+@settings(max_examples=60, deadline=None)
+def test_pairs_seen_are_the_sums_of_the_dense_mask(layout, full):
+    assert torch.equal(pairs_seen(*layout, full), dense_mask(*layout, full)[:, 0].sum(-1))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # slow is fine here

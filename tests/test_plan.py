@@ -1,253 +1,26 @@
-"""The plan against what a real step counts: FLOPs by torch's counter, bytes by what autograd keeps."""
+"""The tables of a plan add up, for one device and for many."""
 
+import json
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
+import memory
 import pytest
-import torch
-from random_rows import SPECIAL
-from test_documents import corpus_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from test_flops import CONFIG
+from tiny_run import write_tiny
 
-from transfusion import train as loop
-from transfusion.data.arrays import Held
-from transfusion.data.documents import DataConfig
-from transfusion.data.loader import Packer
-from transfusion.model.lora import TARGETS, LoraConfig
-from transfusion.model.mask import dense_mask
-from transfusion.model.transformer import SEPARABLE, ModelConfig, build_model, row_mask
-from transfusion.optim import build_optimizers, freeze, init_ema
-from transfusion.plan import (
-    copies,
-    count_6nd,
-    count_flops,
-    count_images,
-    count_packed,
-    estimate_memory,
-    patch_layers,
-    plan,
-)
-from transfusion.run import RunConfig, TrainConfig
-from transfusion.sequence import Format, Image, Text, collate, lay_out
+from transfusion.cli import main, parse
+from transfusion.cluster import GPUS, Cluster
+from transfusion.config import load_config
+from transfusion.flops import count_flops, parameters_of
+from transfusion.memory import estimate_memory
+from transfusion.plan import plan, plan_cluster, scale
+from transfusion.run import RunConfig
 
-CONFIG = RunConfig(
-    model=ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=176, vocab_size=512, patch_size=4, channels=3),
-    data=DataConfig(image_size=16, factor=1),
-    train=TrainConfig(steps=1000, rows=8, seq_len=128, precision="fp32"),
-)
-
-
-def micro_batches(config: RunConfig):
-    """A step's batches of random captions and text, with the config's sizes."""
-    m, g, codes = config.model, torch.Generator().manual_seed(0), N_CODES * (config.model.patches == "codes")
-    fmt = Format(SPECIAL, m.patch_size, m.image_positions, m.vocab_size - m.sides - codes, m.sides, codes)
-    words = torch.randint(10, fmt.text_tokens, (6000,), generator=g).tolist()
-    shares = {name: getattr(config.data, name) for name in ("image_share", "caption_first", "conditioning")}
-    corpus = replace(corpus_of([[words[i : i + 1]] for i in range(20)], [words], **shares), fmt=fmt)
-    train, twice = corpus.captions["train"], config.data.image_size // 8
-    images = [i.repeat(twice, 0).repeat(twice, 1) for i in train.images]
-    latents = Held([i[..., 0].astype(int) % N_CODES for i in images]) if codes else None
-    corpus.captions["train"] = replace(train, images=Held(images), latents=latents)
-    return Packer(corpus, corpus.fmt, 1, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
-
-
-N_CODES = 7
-CODES = {"patches": "codes", "patch_size": 1, "data": {"image_size": 8}}
-CLEAN = {"data": {"conditioning": "clean", "caption_first": 0.4}}
-UNET = {"patches": "unet", "unet_width": 8, "unet_blocks": 2}
-LORA = LoraConfig(8, target_modules=TARGETS)
-
-
-def with_model(config: RunConfig, freeze: tuple[str, ...] = (), data: dict | None = None, **fields) -> RunConfig:
-    model, optim = replace(config.model, **fields), replace(config.optim, freeze=freeze)
-    return replace(config, model=model, optim=optim, data=replace(config.data, **data or {}))
-
-
-@pytest.mark.parametrize(
-    "share, accumulate, fields",
-    [
-        (0.0, 1, {}),
-        (0.5, 2, {}),
-        (0.8, 1, {}),
-        (0.8, 1, {"head_width": 48}),
-        (0.8, 2, {"refine_width": 32}),
-        (0.8, 2, UNET),
-        (0.8, 1, CLEAN),
-        (0.8, 2, CLEAN | UNET | {"sides": 4}),
-        (0.0, 1, UNET),
-        (0.8, 1, UNET | {"freeze": ("patches",)}),
-        (0.8, 1, {"refine_width": 32, "freeze": ("patches",)}),
-        (0.0, 1, {"separate": SEPARABLE}),
-        (0.5, 1, {"separate": SEPARABLE}),
-        (0.8, 1, UNET | {"separate": SEPARABLE, "freeze": ("text",)}),
-        (0.8, 1, {"separate": ("ffn",), "freeze": ("text",)}),
-        (0.5, 1, {"separate": SEPARABLE, "freeze": ("text",)}),
-        (0.5, 1, {"lora": LORA, "freeze": ("text", "image")}),
-        (0.5, 1, {"lora": LoraConfig(8, paths=("image",)), "separate": SEPARABLE, "freeze": ("text", "image")}),
-    ],
-    ids=str,
-)
-def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, fields, monkeypatch):
-    config = replace(CONFIG, data=replace(CONFIG.data, image_share=share))
-    config = with_model(replace(config, train=replace(config.train, accumulate=accumulate)), **fields)
-    model, batches = build_model(config.model), micro_batches(config)
-    freeze(model, config.optim.freeze)
-    images = sum(batch.n_images for batch in batches)
-    assert images <= count_images(config) <= 1.2 * images  # captions take positions that the plan knows nothing of
-    copied = sum(len(batch.grids) for batch in batches) / images - 1 if images else 0
-    assert copied == pytest.approx(copies(config), abs=0.15) and bool(copied) == bool(copies(config) * share)
-    monkeypatch.setattr("transfusion.plan.count_images", lambda config: images)
-    monkeypatch.setattr("transfusion.plan.copies", lambda config: copied)
-    monkeypatch.setattr("transfusion.loss.row_mask", lambda b, model: dense_mask(b.document, b.image, b.hidden))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch counts no other of a CPU
-        loop.gradients(model, batches, config, 0)
-    operations = counter.get_flop_counts()["Global"]
-    attention = operations.pop(torch.ops.aten.bmm)
-    planned = count_flops(config)
-    assert attention == 2 * planned.pop("attention (about)")  # the dense mask computes the hidden half of pairs too
-    assert sum(planned.values()) == pytest.approx(sum(operations.values()), rel=0.04)
-
-
-PATCHES = {
-    "linear": {},
-    "linear, single cells": {"patch_size": 1},
-    "time scale": {"time_scale": True, "patch_positions": True},
-    "refine": {"refine_width": 5},
-    "unet": {"patches": "unet", "patch_size": 2, "unet_width": 6, "unet_blocks": 3},
-    "unet of three stages": {"patches": "unet", "patch_size": 8, "unet_width": 5, "unet_blocks": 2},
-}
-
-
-@pytest.mark.parametrize("patches", PATCHES.values(), ids=PATCHES)
-def test_flops_of_the_patch_layers_are_those_of_the_layers_one_by_one(patches):
-    grids = ((2, 3), (1, 4), (2, 3))
-    m = replace(CONFIG.model, **patches)
-    n, images, k, dim = sum(r * c for r, c in grids), len(grids), m.patch_size, m.dim
-    wanted = {"in": 2 * n * dim * m.patch_dim, "out": 2 * n * dim * m.patch_dim, "refine": 0}
-    wanted["in"] += 2 * images * (256 * dim + dim * dim * (1 + m.time_scale))
-    if m.refine_width:
-        w, folded = m.refine_width, 4 * m.channels
-        wanted["refine"] = 2 * (n * (k // 2) ** 2 * 9 * (2 * folded * w + 2 * w * w) + images * 256 * w)
-    if m.patches == "unet":
-        w = m.unet_width
-        sums = {"in": k * k * 9 * m.channels * w, "out": k * k * 9 * m.channels * w}  # products a patch
-        once = {"in": 256 * w, "out": 256 * w}  # products an image
-        before = w
-        for s in range({2: 1, 8: 3}[k]):
-            c, places = w * 2**s, (k // 2**s) ** 2
-            below = 2 * c if s < {2: 0, 8: 2}[k] else c
-            for half, first in (("in", before), ("out", 2 * c)):
-                sums[half] += places * (9 * (first * c + (2 * m.unet_blocks - 1) * c * c) + first * c * (first != c))
-                once[half] += m.unet_blocks * w * c
-            sums["in"] += places // 4 * 9 * c * c
-            sums["out"] += places * 9 * below * c
-            before = c
-        wanted = {half: 2 * (n * (sums[half] + before * dim) + images * once[half]) for half in sums} | {"refine": 0}
-    assert patch_layers(m, grids)[0] == wanted
-
-
-@pytest.mark.parametrize("patches", PATCHES.values(), ids=PATCHES)
-def test_flops_of_a_forward_pass_are_exactly_those_that_torch_counts(patches):
-    config = replace(CONFIG, model=replace(CONFIG.model, **patches))
-    grid, m = (16 // config.model.patch_size,) * 2, config.model
-    fmt = Format(SPECIAL, m.patch_size)
-    images = [Image(np.zeros((3, 16, 16), np.float32)) for _ in range(2)]
-    b = collate([[lay_out([Text(np.arange(9, 15)), image], fmt)] for image in images], grid[0] ** 2 + 9, fmt)
-    model = build_model(m)
-    arguments = (b.place, row_mask(b, model), b.patches, b.t_max, b.patch_image, b.grids, b.patch_at, b.text_at)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(b.tokens, *arguments)
-    operations = counter.get_flop_counts()["Global"]
-    operations.pop(torch.ops.aten.bmm)
-    trunk = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2) * b.tokens.numel()
-    flops, _ = patch_layers(m, b.grids)
-    assert sum(operations.values()) == 2 * (trunk + m.dim * m.vocab_size * b.n_targets) + sum(flops.values())
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"separate": SEPARABLE},
-        {"separate": SEPARABLE, "freeze": ("text",)},
-        {"lora": LORA, "freeze": ("text", "image", "patches")},
-    ],
-    ids=str,
-)
-def test_weights_gradients_optimizer_and_average_are_exact(fields):
-    config = with_model(CONFIG, **fields)
-    model = build_model(config.model)
-    freeze(model, config.optim.freeze)
-    planned = estimate_memory(config)
-    optimizers, ema = build_optimizers(model, config.optim), init_ema(model)
-    loop.gradients(model, micro_batches(config), config, 0)
-    for optimizer in optimizers:
-        optimizer.step()
-    own, grads = list(model.parameters()), [p.grad for p in model.parameters() if p.grad is not None]
-    moments = [s[k] for o in optimizers for s in o.state.values() for k in ("exp_avg", "exp_avg_sq")]
-    for name, tensors in (("weights", own), ("gradients", grads), ("optimizer", moments), ("average", ema)):
-        assert planned[name] == sum(t.numel() * t.element_size() for t in tensors)
-    assert estimate_memory(replace(CONFIG, optim=replace(CONFIG.optim, ema=0.0)))["average"] == 0
-
-
-def kept_for_backward(config: RunConfig) -> int:
-    """Bytes of the storages that autograd keeps of a forward under bf16, the weights themselves left out."""
-    model = build_model(config.model)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor keeps the address from being used again
-        return tensor
-
-    (batch,) = micro_batches(config)
-    noise = loop.draw_noise(batch, config.diffusion, 0, 0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        loop.losses(model, batch, noise, config.diffusion)
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {},
-        {"n_layers": 8},
-        {"dim": 128, "ffn_dim": 512},
-        {"head_width": 64},
-        {"head_width": 64, "qk_norm": True, "n_kv_heads": 2},
-        {"qk_norm": True, "n_kv_heads": 2},
-        {"refine_width": 128},
-        UNET | {"unet_width": 32},
-        {"separate": SEPARABLE},
-        {"norm": "post"},
-    ],
-)
-def test_activations_are_about_what_autograd_keeps(sizes, monkeypatch):
-    # as on a GPU: attention by documents, written out, keeps a document's scores too
-    monkeypatch.setattr("transfusion.loss.row_mask", lambda b, model: dense_mask(b.document, b.image, b.hidden))
-    model = replace(CONFIG.model, **{"n_layers": 6, **sizes}, vocab_size=256)
-    config = replace(CONFIG, model=model, train=replace(CONFIG.train, rows=16))
-    planned = estimate_memory(config)
-    estimate = planned["activations (about)"] + planned["logits (at most)"]
-    assert estimate / 1.25 < kept_for_backward(config) < estimate * 1.25
-
-
-def test_weights_of_their_own_for_patches_cost_memory_and_no_flops():
-    dense, mot = CONFIG, with_model(CONFIG, separate=SEPARABLE)
-    assert count_flops(mot) == count_flops(dense)
-    assert estimate_memory(mot)["weights"] > 1.5 * estimate_memory(dense)["weights"]
-
-
-def test_micro_batches_divide_the_activations_and_the_logits_and_nothing_else():
-    whole = estimate_memory(CONFIG)
-    parts = estimate_memory(replace(CONFIG, train=replace(CONFIG.train, accumulate=4)))
-    of_matrix = 4 * CONFIG.model.vocab_size * CONFIG.model.dim
-    for name, value in whole.items():
-        fixed = {"activations (about)": 0, "logits (at most)": of_matrix}.get(name, value)
-        assert parts[name] == fixed + (value - fixed) / 4
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/scaling.md").read_text()
 
 
 def test_the_plan_is_a_table_with_totals_that_add_up():
@@ -255,47 +28,111 @@ def test_the_plan_is_a_table_with_totals_that_add_up():
     for section in text.split("\n\n")[:3]:
         values = [float(line[28:40].replace(",", "")) for line in section.splitlines()[1:]]
         assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.006 * len(values))
-    assert "1,000 steps of 1,024 positions = 1,024,000 positions" in text
+    assert "1,000 steps of 1,024 positions = 1,024,000 positions" in text and "6 N D" in text
+
+
+def test_a_cpu_keeps_the_scores_of_its_strips_too():
+    def kept(config) -> float:
+        return float(plan(config).partition("activations (about)")[2].split()[0].replace(",", ""))
+
+    bf16 = replace(CONFIG, train=replace(CONFIG.train, precision="bf16", compile=True))
+    assert kept(replace(bf16, device="cpu")) > kept(bf16)
+
+
+def test_speeds_follow_from_the_flops_of_a_step():
+    s = scale(CONFIG, Cluster(4), "h100", 0.5)
+    flops = sum(count_flops(CONFIG).values())
+    assert s.seconds == pytest.approx(flops / 4 / (0.5 * GPUS["h100"].flops))
+    assert s.tokens * s.seconds == pytest.approx(8 * 128)
+    assert s.days == pytest.approx(1000 * s.seconds / 86400)
+    assert s.saved == 16 * sum(parameters_of(CONFIG.model).values()), "weights, two moments, average; in four bytes"
+    assert s.texts + s.drawn * (16 + 2) == pytest.approx(1000 * 8 * 128), "images are of 16 patches, <boi> and <eoi>"
+    assert s.read == pytest.approx(2 * s.texts + 4 * 3 * 16 * 16 * s.drawn)
+    assert s.fits == ["none", "selective", "full"]
+
+
+def test_what_does_not_fit_is_left_out_and_a_remedy_named(monkeypatch):
+    small = replace(GPUS["h100"], memory=sum(scale(CONFIG, Cluster(4), "h100", 0.5).memory["full"].values()) / 0.899)
+    monkeypatch.setitem(GPUS, "small", small)
+    assert scale(CONFIG, Cluster(4), "small", 0.5).fits == ["full"]
+    monkeypatch.setitem(GPUS, "small", replace(small, memory=small.memory / 2))
+    assert "none: more GPUs" in plan_cluster(CONFIG, Cluster(4), "small")
+
+
+def test_the_plan_for_many_has_three_columns_that_add_up():
+    text = plan_cluster(CONFIG, Cluster(4), "a100", 0.3)
+    section = next(part for part in text.split("\n\n") if part.startswith("memory of a rank"))
+    rows = [[float(cell.replace(",", "")) for cell in line[28:].split()] for line in section.splitlines()[1:-1]]
+    assert len(rows) > 6 and all(len(row) == 3 for row in rows)
+    for column in zip(*rows):
+        assert sum(column[:-1]) == pytest.approx(column[-1], abs=0.006 * len(column))
+    assert "4 x a100 at 30% MFU" in text and "which computing hides up to" in text
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "arguments, says",
     [
-        {},
-        {"separate": SEPARABLE, "freeze": ("text",)},
-        UNET,
-        {"lora": LORA, "freeze": ("text", "image")},
-        CODES,
-        CLEAN,
-        CLEAN | UNET | {"separate": SEPARABLE, "sides": 4},
-        {"causal_images": True},
-        CLEAN | {"causal_images": True},
+        (["--gpus", "3"], "make train.rows a multiple of"),
+        (["--gpus", "2", "parallel.shards=3"], "choose a divisor"),
+        (["--gpus", "2", "--mfu", "40"], "a share of the peak"),
+        (["--gpus", "-4"], "at least 1 rank"),
+        (["--gpus", "2", "--storage", "0"], "GB/s, above 0"),
     ],
-    ids=str,
 )
-def test_flops_of_packed_rows_are_those_that_torch_counts_of_them_but_for_pairs_that_the_mask_forbids(fields):
-    config = with_model(CONFIG, **fields)
-    model, batches = build_model(config.model), micro_batches(config)
-    freeze(model, config.optim.freeze)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loop.gradients(model, batches, config, 0)
-    operations = counter.get_flop_counts()["Global"]
-    operations.pop(torch.ops.aten.bmm)
-    assert any(b.hidden.any() for b in batches) == (config.data.conditioning == "clean")
-    m, pairs = config.model, 0
-    for b in batches:
-        for d, im, hidden in zip(b.document.tolist(), b.image.tolist(), b.hidden.tolist()):
-            for q, k in np.ndindex(len(d), len(d)):
-                mates = im[q] == im[k] >= 0
-                before = k <= q or (mates and not m.causal_images)
-                pairs += d[q] == d[k] >= 0 and before and (mates or not hidden[k])
-    attention = 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs
-    assert count_packed(config, batches) - attention == pytest.approx(sum(operations.values()), rel=0.01)
+def test_what_cannot_be_planned_is_refused_in_one_line(arguments, says, tmp_path, capsys):
+    config = write_tiny(tmp_path)
+    assert main(["plan", str(config), *arguments]) == 2
+    assert says in capsys.readouterr().err
 
 
-def test_6nd_is_six_times_what_a_position_goes_through():
-    dense = sum(p.numel() for p in build_model(CONFIG.model).parameters())
-    positions = CONFIG.train.rows * CONFIG.train.seq_len
-    assert count_6nd(CONFIG) == 6 * dense * positions
-    assert count_6nd(with_model(CONFIG, separate=SEPARABLE)) == count_6nd(CONFIG)
-    assert "6 N D" in plan(CONFIG)
+def test_the_command_plans_for_as_many_gpus_as_it_is_told(tmp_path, capsys):
+    config, of_two = write_tiny(tmp_path), ["--gpus", "2", "--gpu", "h200", "--gpus-per-node", "1", "--mfu", "0.5"]
+    assert main(["plan", str(config), *of_two]) == 0
+    fsdp = capsys.readouterr().out
+    assert "2 x h200 at 50% MFU" in fsdp and "sum over replicas" not in fsdp
+    assert main(["plan", str(config), *of_two, "parallel.shards=1"]) == 0
+    assert "sum over replicas" in capsys.readouterr().out
+
+
+def test_every_block_of_the_scaling_page_is_what_its_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```\n\$ transfusion ([^\n]*)\n(.*?)^```$", PAGE, re.M | re.S)
+    assert len(blocks) == 4
+    for command, shown in blocks:
+        assert main(shlex.split(command)) == 0
+        printed = iter(capsys.readouterr().out.splitlines())
+        for line in filter(None, shown.splitlines()):
+            assert line in printed, f"{command} does not print, behind the line before it: {line}"
+
+
+def test_the_command_of_the_scaling_page_has_every_option():
+    (shown,) = re.findall(r"^transfusion (plan CONFIG .*)$", PAGE, re.M)
+    options = {name: values for name, values in re.findall(r"\[(--[\w-]+) ([^\]]+)\]", shown)}
+    gpus, args = options.pop("--gpu").split("|"), parse(["plan", "configs/demo.toml"])
+    assert gpus[0] == args.gpu and set(gpus) == set(GPUS)
+    assert {k: float(v) for k, v in options.items()} == {
+        "--gpus-per-node": args.gpus_per_node,
+        "--mfu": args.mfu,
+        "--storage": args.storage,
+    }
+
+
+def test_the_measured_table_of_the_scaling_page_is_that_of_the_results():
+    lines = (ROOT / "bench/results/2026-11-23-memory/results.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert "\n".join([memory.HEAD, *map(memory.row, found)]) in PAGE
+    for line in found:
+        if line["allocator"] == "mapped":
+            assert line["measured"] == pytest.approx(line["plan"], rel=0.15)
+
+
+def test_the_plan_is_within_a_tenth_of_what_an_h100_took():
+    measured = (ROOT / "bench/results/2026-11-22-h100-micro-batches.md").read_text()
+    rows = re.findall(r"^\| ([\d.]+B) \| (\d) \| (\d+) \| ([\d.]+) \|$", PAGE, re.M)
+    assert len(rows) == 4
+    for size, n, gib, planned in rows:
+        assert re.search(rf"^\| {size} \| {n} \| [\d.]+ \| {gib} \|$", measured, re.M)
+        path = ROOT / f"configs/paper-{size.lower()}-linear.toml"
+        config = load_config(RunConfig, path, ["train.accumulate=1", f"train.rows={n}"])
+        estimate = sum(estimate_memory(config).values()) / 2**30
+        assert estimate == pytest.approx(float(planned), abs=0.06) == pytest.approx(float(gib), rel=0.1)

@@ -19,7 +19,7 @@ COMMANDS = {
     "inpaint": "Draw the part of an image anew that a mask shows in white; the rest stays.",
     "eval": "Measure a model on its data: text, captions, diffusion, drawings.",
     "eval-codec": "Measure how well a codec gives images back.",
-    "plan": "Print a config's parameters, FLOPs and memory; runs nothing.",
+    "plan": "Print a config's parameters, FLOPs and memory, on one device or on many GPUs; runs nothing.",
     "tokenize": "Train a byte-level BPE tokenizer on text.",
     "export": "Write a trained model as one folder to share.",
 }

@@ -10,6 +10,7 @@ from typing import get_origin
 
 import PIL.Image
 
+from transfusion.cluster import GPUS, Cluster
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
 from transfusion.data.corpus import build_corpus
@@ -23,7 +24,7 @@ from transfusion.export import DTYPES, export, push
 from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
 from transfusion.parallel import leads
-from transfusion.plan import plan
+from transfusion.plan import plan, plan_cluster
 from transfusion.pretrained import HUB, load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.tokenizer import train_tokenizer
@@ -155,6 +156,11 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
 
     p = command("plan", run_plan)
     with_config(p)
+    p.add_argument("--gpus", type=int, default=0, metavar="N", help="plan for so many: memory of each, traffic, days")
+    p.add_argument("--gpu", choices=GPUS, default="h100", help="which one; default h100")
+    p.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="that NVLink joins; default 8")
+    p.add_argument("--mfu", type=float, default=0.4, help="the share of their peak that a run reaches; default 0.4")
+    p.add_argument("--storage", type=float, default=10.0, metavar="GB/s", help="that checkpoints go to; default 10")
 
     p = command("tokenize", run_tokenize)
     p.add_argument("out", type=Path, metavar="TOKENIZER.json")
@@ -262,7 +268,12 @@ def run_plan(args):
     m, factor = config.model, config.data.factor
     if is_llama(config.init) or not (m.vocab_size and m.channels and factor):  # else the config says it all
         config = resolve(config, load_codec(config.data.codec))
-    print(to_toml(config) + "\n" + plan(config))
+    if args.gpus:
+        cluster = Cluster(args.gpus, config.parallel.shards, config.parallel.context, args.gpus_per_node)
+        text = plan_cluster(config, cluster, args.gpu, args.mfu, args.storage)
+    else:
+        text = plan(config)
+    print(to_toml(config) + "\n" + text)
 
 
 def run_tokenize(args):

@@ -14,6 +14,7 @@ section 3.3.2).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,12 @@ class AllGather(torch.autograd.Function):
         return own, None, None
 
 
+class Gathered(NamedTuple):
+    """What stands in a layer where a cache does, and is asked as that is."""
+
+    extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Context:
     """This rank among those that share rows."""
@@ -54,13 +61,13 @@ class Context:
         assert n % self.size == 0, f"{n} positions do not part among {self.size} ranks"
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
-    @torch.compiler.disable
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, L, K] of whole rows, of those of this rank's positions: what a cache is asked for."""
+    def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, L, K] of whole rows, of those of this rank's positions."""
         return AllGather.apply(k.to(v.dtype), 2, self.group), AllGather.apply(v, 2, self.group)
 
     def trunk(self, model: Transfusion) -> Callable[..., Tensor]:
         """In place of `model.trunk`: the states of all positions, of which each rank computes its own."""
+        layer = Gathered(torch.compiler.disable(self.gather) if model.compiled else self.gather)
 
         def call(h: Tensor, cos: Tensor, sin: Tensor, mask: Mask, patch_at: Tensor, cache: None) -> Tensor:
             L = h.shape[1]
@@ -68,7 +75,7 @@ class Context:
             row, at = patch_at // L, patch_at % L
             inside = (at >= mine.start) & (at < mine.stop)
             patch_at = (row * (L // self.size) + at - mine.start)[inside] if model.config.sorts else patch_at
-            layers = [self] * model.config.n_layers
+            layers = [layer] * model.config.n_layers
             h = model.trunk(h[:, mine], cos[..., mine, :], sin[..., mine, :], mask, patch_at, layers)
             return AllGather.apply(h, 1, self.group)
 

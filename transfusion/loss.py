@@ -7,6 +7,7 @@
 Both come back as sums with counts, so that micro-batches and ranks add up to the step's own mean.
 """
 
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from transfusion.context import Context
 from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, network_input, sample_t, target
 from transfusion.diffusion.schedule import SCHEDULES
 from transfusion.model.head import linear_cross_entropy
-from transfusion.model.transformer import Transfusion, row_mask
+from transfusion.model.transformer import Mask, Transfusion, row_mask
 from transfusion.sequence import Batch
 
 
@@ -81,10 +82,12 @@ def losses(
     config: DiffusionConfig,
     z_loss: float = 0.0,
     context: Context | None = None,
+    mask_of: Callable[[Batch, Transfusion], Mask | None] | None = None,
 ) -> Losses:
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step.
 
     With a context, of this rank's part of the targets and images; the model runs as far as its part of the positions.
+    The mask is found by `mask_of` in place of `row_mask` (a plan has one of a batch without numbers).
     """
     z, L = noised(batch, noise, config), batch.tokens.shape[1]
     part = slice(context.rank, None, context.size) if context else slice(None)
@@ -95,7 +98,7 @@ def losses(
     lm, prediction = model(
         batch.tokens,
         batch.place,
-        row_mask(batch, model, context.mine(L) if context else None),
+        mask_of(batch, model) if mask_of else row_mask(batch, model, context.mine(L) if context else None),
         z,
         noise.t,
         batch.patch_image,

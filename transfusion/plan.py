@@ -1,185 +1,148 @@
-"""What a run will need, from its config alone: nothing is read but the config, nothing is run.
+"""What a run will need, from its config alone, as tables: nothing is read but the config, nothing is computed with.
 
-FLOPs of a step    6 * trunk * positions  +  12 * n_layers * n_heads * K * keys * positions  +
-                   6 * head * text positions  +  3 * patch layers of an image, forward * images
-                   (forward 2, backward 4; keys seen by a position: at most L / 2 for text, exactly known only once the
-                   rows are packed)
-                   4 instead of 6 for what is frozen: gradients go through it, it has none of its own
-memory             weights, and of those that train gradients, two moments and the average, at 4 bytes; activations
-                   kept for backward
-
-A position goes through one path, so weights of their own for patches cost memory and no FLOPs.
-
-Patch layers are counted by torch itself, in a pass on the meta device, where tensors have shapes and no numbers: so the
-count is right for whatever stands in PATCHES, convolutions and all.
+parameters, FLOPs of a step (`flops.py`), memory (`memory.py`); for many GPUs (`cluster.py`) also time and traffic.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
-
-from transfusion.codec.codec import patch_grid
-from transfusion.data.documents import has_copies
-from transfusion.model.fold import Grids
-from transfusion.model.head import LOGITS
-from transfusion.model.mask import dense_mask
-from transfusion.model.transformer import ModelConfig, build_model, parameter_counts
+from transfusion.cluster import GPUS, Cluster, hidden_up_to, traffic
+from transfusion.flops import count_6nd, count_flops, count_images, grid_of, parameters_of
+from transfusion.memory import estimate_memory
+from transfusion.model.recompute import MODES
+from transfusion.model.transformer import build_model
 from transfusion.optim import freeze, trained
 from transfusion.run import RunConfig
-from transfusion.sequence import Batch
 
-
-def grid_of(config: RunConfig) -> tuple[int, int]:
-    """(rows, columns) of the patches of an image; of several sizes the first stands for all."""
-    return patch_grid(config.data.sizes[0], config.data.factor, config.model.patch_size)
-
-
-def copies(config: RunConfig) -> float:
-    """Clean copies an image: of captioned ones; what documents with images anywhere have is only known once read."""
-    return (1 - config.data.caption_first) * has_copies(config.data, config.model.patches == "codes")
-
-
-def count_images(config: RunConfig) -> float:
-    """Images of a step whose rows are filled to their last position; captions make it a little less."""
-    positions = math.prod(grid_of(config)) * (1 + copies(config))
-    positions += 4 if config.model.sides else 2  # <boi> [sides] patches <eoi>
-    return config.train.rows * config.train.seq_len * config.data.image_share / positions
-
-
-def count_encoded(config: RunConfig) -> float:
-    """Images of a step that go through the patch layers, clean copies counted too; codes do not."""
-    return count_images(config) * (1 + copies(config)) * (config.model.patches != "codes")
-
-
-def patch_layers(config: ModelConfig, grids: Grids) -> tuple[dict[str, int], int]:
-    """(FLOPs of a forward pass of images through the patch layers, by part; numbers that autograd keeps of it)."""
-    model, n = build_model(config, "meta"), sum(rows * columns for rows, columns in grids)
-    own = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
-    kept: dict[StorageWeakRef, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[StorageWeakRef(tensor.untyped_storage())] = tensor
-        return tensor
-
-    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor):
-        z, h, t = torch.empty(n, config.patch_dim), torch.empty(n, config.dim), torch.empty(len(grids))
-        image, grid = torch.empty(n, dtype=torch.long), torch.empty(n, 2)
-        with FlopCounterMode(display=False) as inp:
-            _, skips = model.patches.encode(z, t, image, grid, grids)
-        with FlopCounterMode(display=False) as out:
-            p = model.patches.decode(h, skips, t, grids)
-        with FlopCounterMode(display=False) as refine:
-            if model.refine is not None:
-                model.refine(p, t, grids)
-    parts = {"in": inp, "out": out, "refine": refine}
-    flops = {name: counter.get_total_flops() for name, counter in parts.items()}
-    return flops, sum(tensor.untyped_storage().nbytes() // 4 for ref, tensor in kept.items() if ref not in own)
-
-
-def flops_by_part(
-    config: RunConfig, positions: float, patches: float, targets: float, pairs: float, of_layers: dict[str, float]
-) -> dict[str, float]:
-    """FLOPs forward and backward, of so many positions of which some are patches, targets of the text head, pairs that
-    attention looks at, and patch layers whose forward passes take `of_layers`."""
-    m, frozen = config.model, config.optim.freeze
-    parts = dict(parameter_counts(build_model(m, "meta")))
-    own, texts = parts.get("image path", 0), positions - patches
-    of_text, of_image = (4.0 if path in frozen else 6.0 for path in ("text", "image"))
-    # nothing before `in` wants a gradient: where it is frozen, it has no backward pass at all
-    of_patches = {"in": 1.0, "out": 2.0, "refine": 2.0} if "patches" in frozen else dict.fromkeys(of_layers, 3.0)
-    flops = {
-        "trunk": of_text * (parts["trunk"] * positions - own * patches) + of_image * own * patches,
-        "adapters": 6.0 * (parts.get("text adapters", 0) * texts + parts.get("image adapters", 0) * patches),
-        "attention (about)": 12.0 * m.n_layers * m.n_heads * m.head_dim * pairs,
-        "text head": of_text * m.dim * m.vocab_size * targets,
-        "patch layers": sum(of_patches[name] * n for name, n in of_layers.items()),
-    }
-    return flops if m.lora.r else {name: value for name, value in flops.items() if name != "adapters"}
-
-
-def count_flops(config: RunConfig) -> dict[str, float]:
-    """FLOPs of one step by part, forward and backward, for rows filled to their last position."""
-    m, c, images, grid = config.model, config.train, count_encoded(config), grid_of(config)
-    positions = c.rows * c.seq_len
-    of_layers, _ = patch_layers(m, (grid,)) if m.patches != "codes" else ({}, 0)
-    patches = math.prod(grid) * images  # codes are targets of the text head
-    of_layers = {name: n * images for name, n in of_layers.items()}
-    return flops_by_part(config, positions, patches, positions - patches, c.seq_len / 2 * positions, of_layers)
-
-
-def count_packed(config: RunConfig, micro: list[Batch]) -> float:
-    """FLOPs of one step as it is packed: attention where the mask allows it, heads where something is predicted."""
-    total = 0.0
-    for batch in micro:
-        seen = dense_mask(batch.document, batch.image, batch.hidden, not config.model.causal_images)[:, 0]
-        pairs = (seen & (batch.document >= 0)[:, None]).sum().item()  # what padding sees counts for nothing
-        of_layers, _ = patch_layers(config.model, batch.grids) if batch.grids else ({}, 0)
-        counts = (batch.tokens.numel(), len(batch.patch_at), batch.n_targets, pairs)
-        total += sum(flops_by_part(config, *counts, of_layers).values())
-    return total
-
-
-def count_6nd(config: RunConfig) -> float:
-    """FLOPs of one step as the paper counts them, 6 x parameters x positions; of two paths a position takes one."""
-    parts = dict(parameter_counts(build_model(config.model, "meta")))
-    return 6.0 * (sum(parts.values()) - parts.get("image path", 0)) * config.train.rows * config.train.seq_len
-
-
-def estimate_memory(config: RunConfig) -> dict[str, float]:
-    """Bytes on one device by part. Activations: what autograd keeps of each layer under bf16 autocast. Logits: those
-    held at once, and what they give the head's matrix.
-
-    On a CPU in bf16 attention's scores come on top, of documents of up to 1,024 positions: 2 bytes for each pair that
-    a strip of model/varlen.py holds, head and layer.
-    """
-    m, c = config.model, config.train
-    model = build_model(m, "meta")
-    freeze(model, config.optim.freeze)
-    weights, train = (4.0 * sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model)))
-    positions = c.rows * c.seq_len / c.accumulate
-    # Bytes a position. float32: the residual stream and its norm, twice; bf16: that norm's, q, k, v, the heads'
-    # result, and w1 x, its silu, w3 x and their product.
-    q_dim, kv_dim = m.n_heads * m.head_dim, m.kv_heads * m.head_dim
-    layer = 22 * m.dim + 4 * (q_dim + kv_dim) + 8 * m.hidden_dim + (8 * (q_dim + kv_dim) if m.qk_norm else 0)
-    _, kept = patch_layers(m, (grid_of(config),)) if m.patches != "codes" else ({}, 0)  # of an image, here in bf16
-    return {
-        "weights": weights,
-        "gradients": train,
-        "optimizer": 2 * train,
-        "average": train if config.optim.ema else 0.0,
-        "activations (about)": positions * m.n_layers * layer + 2.0 * kept * count_encoded(config) / c.accumulate,
-        "logits (at most)": 10.0 * min(positions * m.vocab_size, LOGITS) + 4.0 * m.vocab_size * m.dim,
-    }
+FITS = 0.9  # of a GPU's memory: the rest is for CUDA, NCCL and what the allocator cannot use
 
 
 def plan(config: RunConfig) -> str:
-    """The plan as a table."""
-    parts = dict(parameter_counts(build_model(config.model, "meta")))
-    flops, memory = count_flops(config), estimate_memory(config)
-    positions = config.train.rows * config.train.seq_len
-
-    length = (
-        f"the run: {config.train.steps:,} steps of {positions:,} positions = {config.train.steps * positions:,} "
-        f"positions, {config.train.steps * sum(flops.values()):.3g} FLOP"
-    )
-    if not config.train.steps:
-        length = f"the run: as many steps of {positions:,} positions as fit into {config.train.minutes:g} minutes"
-
-    def rows(title: str, values: dict[str, float], scale: float, unit: str) -> list[str]:
-        total = sum(values.values())
-        lines = [f"  {name:26}{value / scale:12,.2f} {unit}" for name, value in values.items()]
-        return [title, *lines, f"  {'total':26}{total / scale:12,.2f} {unit}", ""]
-
+    """The plan for one device."""
+    on = "cpu" if config.device == "cpu" else "cuda"
+    memory = estimate_memory(config, on=on)
     return "\n".join(
         [
-            *rows("parameters", parts, 1e6, "M"),
-            *rows("a step, forward and backward", flops, 1e9, "GFLOP"),
-            *rows("memory of one device", memory, 2**20, "MiB"),
-            length,
+            *head(config),
+            *rows(f"memory of one device ({on})", memory, 2**20, "MiB"),
+            length_of(config),
             f"a step counted as the paper counts, 6 N D: {count_6nd(config) / 1e9:,.2f} GFLOP",
         ]
     )
+
+
+def head(config: RunConfig) -> list[str]:
+    """What does not depend on the devices."""
+    return [
+        *rows("parameters", parameters_of(config.model), 1e6, "M"),
+        *rows("a step, forward and backward", count_flops(config), 1e9, "GFLOP"),
+    ]
+
+
+def rows(title: str, values: Mapping[str, float], scale: float, unit: str) -> list[str]:
+    """A table with its total."""
+    lines = [f"  {name:26}{value / scale:12,.2f} {unit}" for name, value in values.items()]
+    return [title, *lines, f"  {'total':26}{sum(values.values()) / scale:12,.2f} {unit}", ""]
+
+
+def length_of(config: RunConfig) -> str:
+    c, flops = config.train, sum(count_flops(config).values())
+    positions = c.rows * c.seq_len
+    if not c.steps:
+        return f"the run: as many steps of {positions:,} positions as fit into {c.minutes:g} minutes"
+    return (
+        f"the run: {c.steps:,} steps of {positions:,} positions = {c.steps * positions:,} positions, "
+        f"{c.steps * flops:.3g} FLOP"
+    )
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A run on many GPUs; bytes, seconds and FLOPs of one rank."""
+
+    memory: dict[str, dict[str, float]]  # by checkpointing
+    fits: list[str]  # checkpointing modes, the one that keeps most first
+    traffic: dict[str, tuple[float, float]]  # (bytes, seconds) of a step
+    flops: float  # of a step
+    seconds: float  # of a step, at the MFU
+    hidden: float  # the MFU up to which traffic hides
+    tokens: float  # a second, all ranks, as the two that follow
+    images: float
+    days: float  # of the run, as the two that follow; nan: it has no number of steps
+    texts: float  # tokens of text that it reads
+    drawn: float  # images
+    read: float  # bytes of both, as they lie on disk
+    saved: float  # bytes of a checkpoint
+
+
+def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
+    """The run on ranks of a GPU of GPUS, if it reaches that MFU."""
+    if gpu not in GPUS:
+        raise ValueError(f"gpu = {gpu!r}: choose one of {', '.join(GPUS)}")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu = {mfu}: a share of the peak, above 0 and at most 1")
+    c, m, g = config.train, config.model, GPUS[gpu]
+    by_mode = {mode: replace(config, train=replace(c, checkpointing=mode)) for mode in MODES}
+    memory = {mode: estimate_memory(other, cluster) for mode, other in by_mode.items()}
+    model = build_model(m, "meta")
+    freeze(model, config.optim.freeze)
+    numbers = [sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model))]
+    keys = 2 * m.kv_heads * m.head_dim * m.n_layers * cluster.rows(c.rows, c.accumulate) * c.seq_len
+    found = traffic(cluster, g, *numbers, keys, c.accumulate)
+    flops = sum(count_flops(config).values()) / cluster.world
+    seconds, kept = flops / (mfu * g.flops), memory[MODES[0]]
+    steps = c.steps or float("nan")
+    texts, drawn = steps * c.rows * c.seq_len * (1 - config.data.image_share), steps * count_images(config)
+    token, image = (2 if m.vocab_size <= 1 << 16 else 4), 4 * m.patch_dim * math.prod(grid_of(config))
+    return Scaled(
+        memory=memory,
+        fits=[mode for mode in MODES if sum(memory[mode].values()) <= FITS * g.memory],
+        traffic={name: (t.bytes, t.seconds) for name, t in found.items()},
+        flops=flops,
+        seconds=seconds,
+        hidden=hidden_up_to(found, flops, g),
+        tokens=c.rows * c.seq_len / seconds,
+        images=count_images(config) / seconds,
+        days=steps * seconds / 86400,
+        texts=texts,
+        drawn=drawn,
+        read=token * texts + image * drawn,
+        saved=cluster.of_shard * sum(kept[name] for name in ("weights", "optimizer", "average")),
+    )
+
+
+def plan_cluster(
+    config: RunConfig, cluster: Cluster, gpu: str = "h100", mfu: float = 0.4, storage: float = 10.0
+) -> str:
+    """The plan for many GPUs, which share a storage of so many GB/s."""
+    if not storage > 0:
+        raise ValueError(f"storage = {storage}: GB/s, above 0")
+    s, g, c, n = scale(config, cluster, gpu, mfu), GPUS[gpu], config.train, cluster.world
+
+    def row(name: str, values: list[float]) -> str:
+        return f"  {name:26}" + "".join(f"{value / 2**30:12,.2f}" for value in values)
+
+    by_mode = list(s.memory.values())
+    lines = [*head(config), f"{'memory of a rank, GiB':28}" + "".join(f"{mode:>12}" for mode in s.memory)]
+    lines += [row(name, [memory[name] for memory in by_mode]) for name in by_mode[0]]
+    lines.append(row("total", [sum(memory.values()) for memory in by_mode]))
+    remedy = "none: more GPUs, more of them to a shard (parallel.shards), or a larger train.accumulate"
+    room = f"{g.memory / 2**30:.1f} GiB of {gpu}, a tenth left free"
+    lines += [f"checkpointing that fits into {room}: {', '.join(s.fits) or remedy}", ""]
+
+    share = f"{cluster.rows(c.rows, c.accumulate)} rows x {c.seq_len // cluster.context} positions"
+    lines.append(f"a step of a rank: {c.accumulate} x {share}, {s.flops / 1e12:,.1f} TFLOP, {s.seconds:.3g} s")
+    lines += [f"  {name:26}{size / 1e9:12,.2f} GB {seconds:10.3f} s" for name, (size, seconds) in s.traffic.items()]
+    if s.traffic:
+        lines.append(f"  which computing hides up to {s.hidden:.0%} MFU: {'yes' if s.hidden >= mfu else 'NO'}")
+    lines += ["", f"{n} x {gpu} at {mfu:.0%} MFU: {s.tokens:,.0f} positions/s, {s.images:,.1f} images/s"]
+    lines.append(f"  of each GPU: {s.tokens / n:,.0f} positions/s, {s.images / n:,.2f} images/s")
+    saved = f"{s.saved / 1e9:,.1f} GB, {s.saved / 1e9 / cluster.of_shard:,.2f} of a GPU that holds a shard"
+    lines.append(f"a checkpoint: {saved}; {s.saved / 1e9 / storage:,.1f} s at {storage:g} GB/s")
+    lines += ["", length_of(config)]
+    if c.steps:
+        lines.append(f"  {s.days:,.2f} days, {s.days * 24 * n:,.0f} GPU hours")
+        lines.append(f"  reads {s.texts:.3g} tokens of text and {s.drawn:.3g} images, {s.read / 1e12:,.1f} TB")
+        lines.append(f"  of each GPU {s.read / (s.days * 86400 * n) / 1e6:,.2f} MB/s")
+    return "\n".join(lines)

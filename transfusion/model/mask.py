@@ -59,6 +59,19 @@ def visible(document: Tensor, image: Tensor, full: bool = True) -> tuple[Tensor,
     return first, last
 
 
+def pairs_seen(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True) -> Tensor:
+    """[B, L] how many positions each one sees: the sums over keys of `dense_mask`, without the L^2 numbers of it."""
+    first, last = visible(document, image, full)
+    # an image's positions stand together, so in the interval of one of them they are the last
+    index = torch.arange(image.shape[1], device=image.device)
+    edge = torch.ones_like(image[:, :1], dtype=torch.bool)
+    begins = torch.cat([edge, image[:, 1:] != image[:, :-1]], 1)
+    mates = torch.where(begins, index, 0).cummax(1).values
+    mates = torch.where(image >= 0, mates, last + 1)  # first of the same image; text has none
+    before = torch.nn.functional.pad(hidden.long().cumsum(1), (1, 0))  # [B, L + 1] hidden ones before each position
+    return last + 1 - first - (before.gather(1, mates) - before.gather(1, first))
+
+
 def block_mask(
     document: Tensor, image: Tensor, hidden: Tensor, full: bool = True, block: int = BLOCK, queries: slice = ALL
 ) -> BlockMask:
