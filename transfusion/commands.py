@@ -19,19 +19,19 @@ from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
-from transfusion.export import DTYPES, export
+from transfusion.export import DTYPES, export, push
 from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
 from transfusion.parallel import leads
 from transfusion.plan import plan
-from transfusion.pretrained import load
+from transfusion.pretrained import HUB, load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.train_codec import CodecRunConfig, data_of, train_codec
 
 DRAWING = ("steps", "guidance", "guidance_interval", "renormalise", "solver")
-RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
+RUN_HELP = "a run folder, a checkpoint, an exported folder, hub:OWNER/NAME, or pretrained:emoji"
 CODEC_HELP = "pixels, a run of train-codec, a checkpoint, an exported folder, pretrained:emoji or diffusers:FOLDER"
 
 SAMPLING = {
@@ -166,6 +166,7 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     p.add_argument("out", type=Path, metavar="FOLDER")
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     p.add_argument("--license", default="other", help="of the weights, for the model card")
+    p.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub too")
 
 
 def run_train(args):
@@ -273,7 +274,10 @@ def run_tokenize(args):
 
 
 def run_export(args):
-    print(export(args.model, args.out, args.dtype, args.license))
+    out = export(args.model, args.out, args.dtype, args.license)
+    print(out)
+    if args.push:
+        print(f'{push(out, args.push)}\ntry:  transfusion generate {HUB}{args.push} "a red heart"')
 
 
 def write_json(file: Path, numbers: dict[str, float]):
