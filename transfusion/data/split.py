@@ -1,7 +1,7 @@
 """What is held out: the things whose hash falls into a share of its range, so that new things move no old one.
 
-    0 |#####|------------------------------------------| 2^64        # held out, - trained on
-           share
+0 |#####|------------------------------------------| 2^64        # held out, - trained on
+       share
 """
 
 import hashlib
