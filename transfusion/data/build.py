@@ -50,7 +50,9 @@ def build(
             raise ValueError(
                 f"{out} holds {there['kind']} of format {there['format']}: name another folder, or remove it"
             )
-        same = [known(shard) for shard in shards] == [{k: s.get(k) for k in KNOWN} for s in there["shards"]]
+        same = [known(shard) for shard in shards] == [
+            {k: s[k] for k in KNOWN} for s in there["shards"] if "problem" not in s
+        ]
         if same and there["tokenizer"] == tokenizer_key(tokenizer) and there["columns"] == list(columns):
             print(f"{out} is built of these sources already")
             return there

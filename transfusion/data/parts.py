@@ -10,6 +10,7 @@ text        ids        each document closed by <eos>      starts, choice of each
 all         part.json  counts, tars                       skipped.jsonl  [reason, name] of what is left out
 """
 
+import errno
 import heapq
 import json
 import os
@@ -212,6 +213,8 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
             os.replace(new, folder)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # here, not there
+                raise
             return f"shard that cannot be read: {error}"
     return json.loads((folder / "part.json").read_text())
 

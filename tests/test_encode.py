@@ -1,0 +1,118 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shard_files import picture, tree, write_tar
+from tiny_run import write_documents
+
+from transfusion.codec.codec import PIXELS, Codec
+from transfusion.data import encode
+from transfusion.data.build import build
+from transfusion.data.built import load_built_images
+from transfusion.data.encode import BROKEN, encode_built, every_image, load_latents
+from transfusion.data.latents import statistics
+from transfusion.tokenizer import load_tokenizer
+
+SIZES = ((16, 16), (16, 24))
+
+
+def halved(images: np.ndarray) -> np.ndarray:
+    """[n, 3, h/2, w/2]: every second pixel."""
+    return np.ascontiguousarray(images[:, ::2, ::2].transpose(0, 3, 1, 2), np.float32) / 255
+
+
+CODEC = Codec("halved", 3, 2, None, halved, halved, key="1")
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch) -> Path:
+    """70 images of two sizes, one of them broken, in blocks of 16."""
+    monkeypatch.setattr(encode, "BLOCK", 16)
+    monkeypatch.setattr(encode, "BATCH", 5)
+    rng, files = np.random.default_rng(0), {}
+    for i in range(70):
+        size = (20, 20) if i % 3 else (30, 20)
+        files[f"{i:02}.png"] = picture(tuple(rng.integers(0, 256, 3).tolist()), size)
+        files[f"{i:02}.txt"] = f"image {i}"
+    noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "n.jpg")
+    files |= {"x.jpg": (tmp_path / "n.jpg").read_bytes()[:1500], "x.txt": "broken behind its header"}
+    build("images", [str(write_tar(tmp_path / "a.tar", files))], tmp_path / "built")
+    return tmp_path / "built"
+
+
+def test_latents_are_those_of_the_codec_image_by_image(built):
+    encode_built(built, CODEC, SIZES)
+    seen = []
+    for split in load_built_images(built, SIZES, load_tokenizer()).values():
+        latents, found = load_latents(split.images, CODEC)
+        assert len(latents) == len(split.images)
+        for i, (latent, pixels) in enumerate(
+            zip(latents.read(range(len(latents))), split.images.read(range(len(latents))))
+        ):
+            if isinstance(pixels, str):
+                assert latent == BROKEN
+                with pytest.raises(ValueError, match=BROKEN):
+                    latents[i]
+                continue
+            assert latent.shape == latents.shape(i) and (latent == halved(pixels[None])[0]).all()
+            if split.images.first == 0:
+                seen.append(latent)
+    mean, std = statistics(seen)
+    assert found["mean"] == pytest.approx(mean) and found["std"] == pytest.approx(std)
+    assert [why for _, why in found["broken"]] == ["broken or unknown image"]
+
+
+def test_what_a_kill_left_undone_is_encoded_and_nothing_else(built):
+    folder = encode_built(built, CODEC, SIZES)
+    whole, calls = tree(folder), []
+    counted = replace(CODEC, encode=lambda images: calls.append(len(images)) or halved(images))
+    encode_built(built, counted, SIZES)
+    assert not calls
+    (folder / "latents.json").unlink()
+    (folder / "000002.json").unlink()  # killed between this block's two files
+    (folder / "000004.json").unlink()
+    (folder / "000004.bin").unlink()
+    encode_built(built, counted, SIZES)
+    assert sum(calls) in (16 + 7, 16 + 6) and tree(folder) == whole
+
+
+def test_latents_of_another_codec_or_size_or_of_none_are_asked_for(built):
+    images = load_built_images(built, SIZES, load_tokenizer())["train"].images
+    with pytest.raises(ValueError, match="not encoded with halved: transfusion data encode CONFIG"):
+        load_latents(images, CODEC)
+    encode_built(built, CODEC, SIZES)
+    load_latents(images, CODEC)
+    for other, of in ((replace(CODEC, key="2"), images), (CODEC, replace(images, sizes=((16, 16),)))):
+        with pytest.raises(ValueError, match="transfusion data encode CONFIG"):
+            load_latents(of, other)
+    with pytest.raises(ValueError, match="pixels encodes as fast as latents are read"):
+        encode_built(built, PIXELS, SIZES)
+    with pytest.raises(ValueError, match="does not divide"):
+        encode_built(built, replace(CODEC, factor=5, key="3"), SIZES)
+
+
+def test_statistics_of_documents_are_of_the_images_that_training_sees(tmp_path):
+    build("documents", [str(write_documents(tmp_path / "docs"))], tmp_path / "built")
+    images, trained = every_image(tmp_path / "built", SIZES)
+    assert len(images) == 12 and trained.all()  # all of them stand in some document of training
+    lines = (tmp_path / "docs" / "documents.jsonl").read_text().splitlines()
+    (tmp_path / "docs" / "documents.jsonl").write_text("\n".join(line for line in lines if '"to"' in line))
+    shutil.rmtree(tmp_path / "built")
+    build("documents", [str(tmp_path / "docs")], tmp_path / "built")
+    images, trained = every_image(tmp_path / "built", SIZES)
+    assert len(images) == 12 and (~trained).sum() == 2  # the red ones are only edited where it is held out
+    folder = encode_built(tmp_path / "built", CODEC, SIZES)
+    latents, found = load_latents(images, CODEC)
+    mean, _ = statistics([latents[i] for i in np.flatnonzero(trained)])
+    assert found["mean"] == pytest.approx(mean) and folder.is_dir()
+
+
+def test_text_has_nothing_to_encode(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    build("text", [str(tmp_path / "a.txt")], tmp_path / "built")
+    with pytest.raises(ValueError, match="holds text, which has no images"):
+        encode_built(tmp_path / "built", CODEC, SIZES)
