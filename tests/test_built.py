@@ -5,11 +5,21 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from shard_files import picture, write_tar
 
 from transfusion.data.build import build
-from transfusion.data.built import TarImages, is_built, load_built_documents, load_built_images, load_built_text
+from transfusion.data.built import (
+    Rows,
+    TarImages,
+    is_built,
+    keep_fitting,
+    load_built_documents,
+    load_built_images,
+    load_built_text,
+)
 from transfusion.data.images import decode
 from transfusion.data.storage import UNREADABLE
 from transfusion.tokenizer import load_tokenizer, train_tokenizer
@@ -43,7 +53,7 @@ def built(tmp_path) -> Path:
 def test_shapes_are_known_without_decoding_and_are_those_of_the_pixels(built, tokenizer):
     images = load_built_images(built, SIZES, tokenizer)["train"].images
     pixels = images.read(range(9))
-    assert [images.shape(i) for i in range(9)] == [p.shape[:2] for p in pixels] == [tuple(s) for s in images.shapes()]
+    assert [images.shape(i) for i in range(9)] == [p.shape[:2] for p in pixels] == [SIZES[k] for k in images.closest()]
     assert {p.shape[:2] for p in pixels} == set(SIZES)
     data = [d for d in files().values() if isinstance(d, bytes)]
     assert all((p == decode(d, SIZES)).all() for p, d in zip(pixels, data))
@@ -52,11 +62,31 @@ def test_shapes_are_known_without_decoding_and_are_those_of_the_pixels(built, to
         images.shape(9)
 
 
-def test_lengths_of_captions_are_known_for_all_images_at_once(built, tokenizer):
-    ids = load_built_images(built, SIZES, tokenizer)["train"].ids
-    lengths, begins = ids.lengths()
-    assert begins.tolist() == [2 * i for i in range(10)]
-    assert lengths.tolist() == [len(caption) for i in range(9) for caption in ids[i]]
+def test_captions_without_room_are_left_out_and_images_without_captions_too(built, tokenizer):
+    found = load_built_images(built, SIZES, tokenizer)["train"]
+    longest = [max(map(len, found.ids[i])) for i in range(9)]
+    shortest = [min(map(len, found.ids[i])) for i in range(9)]
+    for rooms in ((0, 0, 0), (99, 99, 99), (min(longest) - 1,) * 3, (min(longest), 99, min(shortest) - 1)):
+        room = [rooms[SIZES.index(found.images.shape(i))] for i in range(9)]
+        stay = [i for i in range(9) if shortest[i] <= room[i]]
+        fitting, out, less = keep_fitting(found, rooms)
+        assert list(fitting.names) == [str(i) for i in stay]
+        assert out == [str(i) for i in range(9) if i not in stay]
+        assert less == [str(i) for i in stay if longest[i] > room[i]]
+        assert all((a == found.images[i]).all() for i, a in zip(stay, fitting.images))
+        for k, i in enumerate(stay):
+            texts = [text for text, ids in zip(found.texts[i], found.ids[i]) if len(ids) <= room[i]]
+            assert fitting.texts[k] == texts and len(fitting.ids[k]) == len(texts)
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_rows_without_some_are_the_others_in_their_order(left):
+    rows = Rows(7, 7 + len(left)).without(np.array(left, bool))
+    stay = [7 + i for i, out in enumerate(left) if not out]
+    assert list(rows) == stay and len(rows) == len(stay)
+    assert [rows[i - len(stay)] for i in range(len(stay))] == stay
+    with pytest.raises(IndexError):
+        rows[len(stay)]
 
 
 def test_what_is_built_travels_as_names_of_files(built, tokenizer):

@@ -9,10 +9,11 @@ from shard_files import picture, tree, write_tar
 from tiny_run import write_documents
 
 from transfusion.codec.codec import PIXELS, Codec
-from transfusion.data import encode
+from transfusion.data import encode, encoded
 from transfusion.data.build import build
 from transfusion.data.built import load_built_images
-from transfusion.data.encode import BROKEN, encode_built, every_image, load_latents
+from transfusion.data.encode import encode_built, every_image
+from transfusion.data.encoded import BROKEN, load_latents
 from transfusion.data.latents import statistics
 from transfusion.tokenizer import load_tokenizer
 
@@ -31,6 +32,7 @@ CODEC = Codec("halved", 3, 2, None, halved, halved, key="1")
 def built(tmp_path, monkeypatch) -> Path:
     """70 images of two sizes, one of them broken, in blocks of 16."""
     monkeypatch.setattr(encode, "BLOCK", 16)
+    monkeypatch.setattr(encoded, "BLOCK", 16)
     monkeypatch.setattr(encode, "BATCH", 5)
     rng, files = np.random.default_rng(0), {}
     for i in range(70):
@@ -58,8 +60,8 @@ def test_latents_are_those_of_the_codec_image_by_image(built):
                 with pytest.raises(ValueError, match=BROKEN):
                     latents[i]
                 continue
-            assert latent.shape == latents.shape(i) and (latent == halved(pixels[None])[0]).all()
-            if split.images.first == 0:
+            assert (latent == halved(pixels[None])[0]).all()
+            if split.images.rows.first == 0:
                 seen.append(latent)
     mean, std = statistics(seen)
     assert found["mean"] == pytest.approx(mean) and found["std"] == pytest.approx(std)
@@ -80,9 +82,28 @@ def test_what_a_kill_left_undone_is_encoded_and_nothing_else(built):
     assert sum(calls) in (16 + 7, 16 + 6) and tree(folder) == whole
 
 
+def test_codes_are_kept_where_a_model_writes_codes(built):
+    def first_bits(latents: np.ndarray) -> np.ndarray:
+        return (latents[:, 0] * 255).astype(np.int64)
+
+    codec = replace(CODEC, codes=256, quantize=first_bits)
+    encode_built(built, codec, SIZES, codes=True)
+    images = load_built_images(built, SIZES, load_tokenizer())["train"].images
+    images = replace(images, rows=images.rows.without(np.arange(len(images)) % 2 == 0))
+    codes = images.latents(codec, True)
+    assert len(codes) == len(images) > 30
+    for one, pixels in zip(codes.read(range(len(codes))), images.read(range(len(codes)))):
+        if isinstance(pixels, str):
+            assert one == BROKEN
+        else:
+            assert one.dtype == np.int64 and (one == first_bits(halved(pixels[None]))[0]).all()
+    with pytest.raises(ValueError, match="transfusion data encode CONFIG"):
+        images.latents(codec, False)
+
+
 def test_latents_of_another_codec_or_size_or_of_none_are_asked_for(built):
     images = load_built_images(built, SIZES, load_tokenizer())["train"].images
-    with pytest.raises(ValueError, match="not encoded with halved: transfusion data encode CONFIG"):
+    with pytest.raises(ValueError, match="not encoded with halved: call transfusion data encode CONFIG"):
         load_latents(images, CODEC)
     encode_built(built, CODEC, SIZES)
     load_latents(images, CODEC)

@@ -332,9 +332,9 @@ def run_data_encode(args):
             f"{args.config} names no built images: build them by `transfusion data build images SOURCE --out FOLDER`, "
             "and say data.images=FOLDER"
         )
-    codec = load_codec(config.data.codec, pick_device(config.device))
+    codec, codes = load_codec(config.data.codec, pick_device(config.device)), config.model.patches == "codes"
     for folder in folders:
-        print(f"{folder}: latents in {encode_built(folder, codec, config.data.sizes)}")
+        print(f"{folder}: latents in {encode_built(folder, codec, config.data.sizes, codes)}")
 
 
 def run_tokenize(args):

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from transfusion.data.built import DATASET, FORMAT
+from transfusion.data.built import FORMAT
 from transfusion.data.images import held_out_hashes
-from transfusion.data.mapped import Growing
+from transfusion.data.mapped import DATASET, Growing
 from transfusion.data.parts import KEPT, SPLITS, Recipe, folder_of, id_type, make_part, tokenizer_at, tokenizer_key
 from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import texts

@@ -14,18 +14,19 @@ All that is here goes to other processes as names of files.
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from transfusion.codec.codec import Codec
+from transfusion.data.encoded import load_latents
 from transfusion.data.images import Size, bucket_of, decode
-from transfusion.data.mapped import Mapped
+from transfusion.data.mapped import DATASET, Mapped
 from transfusion.data.storage import Span, is_remote, read_spans, stamp
 from transfusion.tokenizer import Tokenizer
 
-DATASET = "dataset.json"
 FORMAT = 1
 
 
@@ -59,35 +60,60 @@ def size_of(path: Path) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows(Sequence):
+    """The numbers first ... stop - 1, without some that are left out, of which alone something is kept in memory."""
+
+    first: int
+    stop: int
+    gaps: Sequence[int] = ()  # of each that is left out, in their order: how many that stay come before it
+
+    def __len__(self) -> int:
+        return self.stop - self.first - len(self.gaps)
+
+    def __getitem__(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{i} of {len(self)}")
+        i = int(i) % len(self)
+        return self.first + i + (int(np.searchsorted(self.gaps, i, "right")) if len(self.gaps) else 0)
+
+    def without(self, left: np.ndarray) -> "Rows":
+        """Those of them, none of which was left out before, where `left`, bool [n], is false."""
+        assert not len(self.gaps) and len(left) == len(self)
+        out = np.flatnonzero(left)
+        return Rows(self.first, self.stop, out - np.arange(len(out)))
+
+
+@dataclass(frozen=True, eq=False)
 class TarImages(Sequence):
-    """Images `first` ... `stop` - 1 of a built folder, each at the closest of `sizes`, decoded as it is asked for."""
+    """Images of a built folder, each at the closest of `sizes`, decoded as it is asked for."""
 
     folder: Path
     tars: tuple[str, ...]
     records: Mapped
-    first: int
-    stop: int
+    rows: Rows
     sizes: tuple[Size, ...]
 
     def __len__(self) -> int:
-        return self.stop - self.first
+        return len(self.rows)
+
+    def number(self, i: int) -> int:
+        """Which of all images of the folder is the i-th here."""
+        return self.rows[i]
 
     def record(self, i: int) -> np.void:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        return self.records.array[self.first + i % len(self)]
+        return self.records[self.rows[i]]
 
     def shape(self, i: int) -> Size:
         """(height, width) in pixels that the image has here."""
         record = self.record(i)
         return bucket_of(int(record["width"]), int(record["height"]), self.sizes)
 
-    def shapes(self) -> np.ndarray:
-        """int64 [n, 2]: shape(i) of all."""
-        sizes, records = np.array(self.sizes), self.records.array[self.first : self.stop]
+    def closest(self) -> np.ndarray:
+        """int64 [n]: which of the sizes each of the images has, those left out included."""
+        sizes, records = np.array(self.sizes), self.records[self.rows.first : self.rows.stop]
         a = records["width"].astype(np.int64)[:, None] * sizes[:, 0]
         b = records["height"].astype(np.int64)[:, None] * sizes[:, 1]
-        return sizes[(np.maximum(a, b) / np.minimum(a, b)).argmin(1)]
+        return (np.maximum(a, b) / np.minimum(a, b)).argmin(1)
 
     def read(self, numbers: Sequence[int]) -> list[np.ndarray | str]:
         """uint8 [h, w, 3] of each of these images, or why it cannot be had."""
@@ -103,6 +129,10 @@ class TarImages(Sequence):
     def url(self, record: np.void) -> str:
         url = self.tars[record["tar"]]
         return url if is_remote(url) else str(self.folder / url)  # an absolute path stays what it is
+
+    def latents(self, codec: Codec, codes: bool) -> Sequence[np.ndarray]:
+        """What `transfusion data encode` kept of each; ValueError where it was not called yet."""
+        return load_latents(self, codec, codes)[0]
 
     def __getitem__(self, i: int) -> np.ndarray:
         """uint8 [h, w, 3]; ValueError where it cannot be had."""
@@ -122,32 +152,39 @@ class Ids:
 
     def of(self, j: int) -> np.ndarray:
         """int64 [n]."""
-        start, stop = (int(x) for x in self.starts.array[j : j + 2])
-        return np.array(self.ids.array[start:stop], np.int64)
+        start, stop = (int(x) for x in self.starts[j : j + 2])
+        return np.array(self.ids[start:stop], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionIds(Sequence):
-    """Token ids of the captions of each image."""
+    """Token ids of the captions of each image: of those that have room beside it."""
 
     images: TarImages
     ids: Ids
+    rooms: tuple[int, ...] = ()  # beside an image of each of the sizes, in tokens; () = any
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> list[np.ndarray]:
         record = self.images.record(i)
-        return [self.ids.of(int(record["first"]) + k) for k in range(record["captions"])]
+        found = [self.ids.of(int(record["first"]) + k) for k in range(record["captions"])]
+        if not self.rooms:
+            return found
+        room = self.rooms[self.images.sizes.index(self.images.shape(i))]
+        return [ids for ids in found if len(ids) <= room]
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """(int64 [m], of all captions of all images, and int64 [n + 1], where those of each image begin among them)."""
-        images = self.images
-        records, starts = images.records.array[images.first : images.stop], self.ids.starts.array
+    def fitting(self, rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n], [n]: of each image how many captions have room beside it, and how many it has."""
+        records, starts = self.images.records[self.images.rows.first : self.images.rows.stop], self.ids.starts
         counts = records["captions"].astype(np.int64)
-        begins = np.concatenate([[0], np.cumsum(counts)])
-        numbers = np.repeat(records["first"].astype(np.int64) - begins[:-1], counts) + np.arange(begins[-1])
-        return (starts[numbers + 1] - starts[numbers]).astype(np.int64), begins
+        begins = np.cumsum(counts) - counts
+        caption = np.repeat(records["first"].astype(np.int64) - begins, counts) + np.arange(counts.sum())
+        room = np.repeat(np.array(rooms)[self.images.closest()], counts)
+        fits = (starts[caption + 1] - starts[caption]).astype(np.int64) <= room
+        ends = np.concatenate([[0], np.cumsum(fits)])
+        return ends[begins + counts] - ends[begins], counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +217,7 @@ class Names(Sequence):
 
 
 def string(letters: Mapped, start: int, size: int) -> str:
-    return letters.array[start : start + size].tobytes().decode(errors="replace")
+    return letters[start : start + size].tobytes().decode(errors="replace")
 
 
 class BuiltCaptions(NamedTuple):
@@ -202,14 +239,31 @@ def load_built_images(path: str | Path, sizes: Sequence[Size], tokenizer: Tokeni
     tars, records, letters = (
         tuple(url for url, _ in dataset["tars"]),
         Mapped(folder / "images.npy"),
-        folder / "letters.npy",
+        mapped_letters(folder),
     )
-    found = {}
-    for split, (first, stop) in dataset["splits"].items():
-        images = TarImages(folder, tars, records, first, stop, tuple(sizes))
-        ids = CaptionIds(images, mapped_ids(folder))
-        found[split] = BuiltCaptions(images, CaptionTexts(ids, tokenizer), ids, Names(images, Mapped(letters)))
-    return found
+    return {
+        split: captions_of(TarImages(folder, tars, records, Rows(*span), tuple(sizes)), tokenizer, letters)
+        for split, span in dataset["splits"].items()
+    }
+
+
+def captions_of(images: TarImages, tokenizer: Tokenizer, letters: Mapped, rooms: tuple[int, ...] = ()) -> BuiltCaptions:
+    """All that belongs to these images, captions without room left out."""
+    ids = CaptionIds(images, mapped_ids(images.folder), rooms)
+    return BuiltCaptions(images, CaptionTexts(ids, tokenizer), ids, Names(images, letters))
+
+
+def mapped_letters(folder: Path) -> Mapped:
+    return Mapped(folder / "letters.npy")
+
+
+def keep_fitting(found: BuiltCaptions, rooms: Sequence[int]) -> tuple[BuiltCaptions, list[str], list[str]]:
+    """(the images some caption of which has room beside them, the names of the others, those that lost a caption)."""
+    fit, all_of = found.ids.fitting(rooms)
+    out, less = fit == 0, (fit > 0) & (fit < all_of)
+    named = [[found.names[i] for i in np.flatnonzero(mask)] for mask in (out, less)]
+    images = replace(found.images, rows=found.images.rows.without(out))
+    return captions_of(images, found.texts.tokenizer, found.names.letters, tuple(rooms)), *named
 
 
 def load_built_text(path: str | Path, tokenizer: Tokenizer) -> tuple[Mapped, list[str]]:
@@ -234,23 +288,20 @@ class BuiltDocuments(Sequence):
     segments: Mapped
     ids: Ids
     letters: Mapped
-    first: int
-    stop: int
+    rows: Rows
 
     def __len__(self) -> int:
-        return self.stop - self.first
+        return len(self.rows)
 
     def record(self, i: int) -> np.void:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"document {i} of {len(self)}")
-        return self.documents.array[self.first + i % len(self)]
+        return self.documents[self.rows[i]]
 
     def __getitem__(self, i: int) -> tuple[list[Piece], dict[str, Any]]:
         record = self.record(i)
         first = int(record["first"])
         pieces = [
             Piece(int(s["number"]) if s["image"] else self.ids.of(int(s["number"])), bool(s["learn"]))
-            for s in self.segments.array[first : first + int(record["segments"])]
+            for s in self.segments[first : first + int(record["segments"])]
         ]
         return pieces, json.loads(string(self.letters, int(record["info"]), int(record["info_letters"])))
 
@@ -266,7 +317,8 @@ def load_built_documents(
     """(all images, the documents of each split); ValueError where the folder does not fit."""
     folder, dataset = read_dataset(path, "documents", tokenizer)
     records = Mapped(folder / "images.npy")
-    images = TarImages(folder, tuple(url for url, _ in dataset["tars"]), records, 0, len(records), tuple(sizes))
+    tars, rows = tuple(url for url, _ in dataset["tars"]), Rows(0, len(records))
+    images = TarImages(folder, tars, records, rows, tuple(sizes))
     files = [Mapped(folder / "documents.npy"), Mapped(folder / "segments.npy"), mapped_ids(folder)]
-    letters = Mapped(folder / "letters.npy")
-    return images, {s: BuiltDocuments(*files, letters, a, b) for s, (a, b) in dataset["splits"].items()}
+    spans = dataset["splits"].items()
+    return images, {s: BuiltDocuments(*files, mapped_letters(folder), Rows(*span)) for s, span in spans}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 CHUNK = 1 << 24  # elements
+DATASET = "dataset.json"  # beside the arrays of a data set; written last, it says that they are whole
 
 
 class Growing:
@@ -50,6 +51,9 @@ class Mapped:
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def __getitem__(self, at):
+        return self.array[at]
 
     def __reduce__(self):
         return Mapped, (self.path,)
