@@ -111,7 +111,7 @@ def test_built_text_is_the_stream_and_the_held_out_texts_of_the_reader(tmp_path,
     write_table(tmp_path / "z" / "b.parquet", text=texts[n // 2 :])
     for name in ("a", "z"):
         dataset = build("text", [str(tmp_path / name)], tmp_path / f"built-{name}")
-        tokens, held_out = load_built_text(tmp_path / f"built-{name}", tokenizer)
+        tokens, held_out, _ = load_built_text(tmp_path / f"built-{name}", tokenizer)
         assert tokens.array.tolist() == stream and tokens.array.dtype == np.uint16
         assert held_out == read.held_out and dataset["tokens"] == len(stream)
     assert sum(report.skipped[r] != [] for r in report.skipped) == 2
@@ -122,7 +122,7 @@ def test_built_text_is_the_stream_and_the_held_out_texts_of_the_reader(tmp_path,
 def test_txt_files_of_a_folder_are_a_document_each(tiny, tmp_path, tokenizer):
     read, _ = load_text(str(tiny / "texts"))
     build("text", [str(tiny / "texts")], tmp_path)
-    tokens, held_out = load_built_text(tmp_path, tokenizer)
+    tokens, held_out, _ = load_built_text(tmp_path, tokenizer)
     assert tokenizer.decode(tokens.array.tolist()) == "".join(read.train) and held_out == read.held_out
 
 
@@ -135,7 +135,7 @@ def test_of_many_held_out_texts_the_lowest_hashes_are_kept_and_none_is_trained_o
         (tmp_path / f"{k}.jsonl").write_text("".join(lines))
     read, _ = load_text(str(tmp_path))
     dataset = build("text", [str(tmp_path)], tmp_path / "built")
-    tokens, held_out = load_built_text(tmp_path / "built", tokenizer)
+    tokens, held_out, _ = load_built_text(tmp_path / "built", tokenizer)
     assert len(held_out) == 7 < len(read.held_out) == dataset["documents"]["held_out"]
     assert set(held_out) < set(read.held_out)
     assert tokens.array.tolist() == [i for t in read.train for i in [*tokenizer.encode(t), tokenizer.special.eos]]

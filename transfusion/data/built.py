@@ -132,7 +132,7 @@ class TarImages(Sequence):
 
     def latents(self, codec: Codec, codes: bool) -> Sequence[np.ndarray]:
         """What `transfusion data encode` kept of each; ValueError where it was not called yet."""
-        return load_latents(self, codec, codes)[0]
+        return load_latents(self, codec, codes)
 
     def __getitem__(self, i: int) -> np.ndarray:
         """uint8 [h, w, 3]; ValueError where it cannot be had."""
@@ -266,11 +266,12 @@ def keep_fitting(found: BuiltCaptions, rooms: Sequence[int]) -> tuple[BuiltCapti
     return captions_of(images, found.texts.tokenizer, found.names.letters, tuple(rooms)), *named
 
 
-def load_built_text(path: str | Path, tokenizer: Tokenizer) -> tuple[Mapped, list[str]]:
-    """(uint16 or uint32 ids of all training text, each document closed by <eos>; some of the texts held out)."""
-    folder, _ = read_dataset(path, "text", tokenizer)
+def load_built_text(path: str | Path, tokenizer: Tokenizer) -> tuple[Mapped, list[str], dict[str, int]]:
+    """(uint16 or uint32 ids of all training text, each document closed by <eos>; some of the texts held out; how many
+    documents there are by split)."""
+    folder, dataset = read_dataset(path, "text", tokenizer)
     lines = (folder / "held_out.jsonl").read_text().splitlines()
-    return Mapped(folder / "ids.npy"), [json.loads(line)["text"] for line in lines]
+    return Mapped(folder / "ids.npy"), [json.loads(line)["text"] for line in lines], dataset["documents"]
 
 
 class Piece(NamedTuple):
@@ -304,6 +305,25 @@ class BuiltDocuments(Sequence):
             for s in self.segments[first : first + int(record["segments"])]
         ]
         return pieces, json.loads(string(self.letters, int(record["info"]), int(record["info_letters"])))
+
+    def fitting(self, lengths: np.ndarray, images: TarImages, most: int) -> np.ndarray:
+        """bool [n]: which documents have at most `most` positions, where an image of size s takes lengths[s, 1] if it
+        is learned and something follows it, else lengths[s, 0]."""
+        segments, starts, records = self.segments.array, self.ids.starts, self.documents.array
+        last = np.zeros(len(segments), bool)
+        ends = records["first"].astype(np.int64) + records["segments"]
+        last[ends - 1] = True
+        sizes = np.zeros(len(segments), np.int64)
+        image = segments["image"] == 1
+        text = segments["number"][~image].astype(np.int64)
+        sizes[~image] = (starts[text + 1] - starts[text]).astype(np.int64)
+        followed = (segments["learn"] == 1) & ~last
+        sizes[image] = lengths[
+            images.closest()[segments["number"][image].astype(np.int64)], followed[image].astype(int)
+        ]
+        upto = np.concatenate([[0], np.cumsum(sizes)])
+        mine = slice(self.rows.first, self.rows.stop)
+        return upto[ends[mine]] - upto[records["first"][mine].astype(np.int64)] <= most
 
     def name(self, i: int) -> str:
         """File and line."""

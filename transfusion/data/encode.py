@@ -20,26 +20,14 @@ from transfusion.data.mapped import DATASET, Mapped
 BATCH = 32  # images that are decoded and encoded together
 
 
-def every_image(folder: str | Path, sizes: Sequence[Size]) -> tuple[TarImages, np.ndarray]:
-    """(all images of a built folder, bool [n]: which are of training); ValueError where it has none."""
+def every_image(folder: str | Path, sizes: Sequence[Size]) -> TarImages:
+    """All images of a built folder; ValueError where it has none."""
     folder = Path(folder).expanduser().absolute()
     dataset = json.loads((folder / DATASET).read_text())
     if "tars" not in dataset:
         raise ValueError(f"{folder} holds {dataset['kind']}, which has no images: encode none of it")
     records = Mapped(folder / "images.npy")
-    images = TarImages(folder, tuple(url for url, _ in dataset["tars"]), records, Rows(0, len(records)), tuple(sizes))
-    trained, (first, stop) = np.zeros(len(images), bool), dataset["splits"]["train"]
-    if dataset["kind"] == "images":
-        trained[first:stop] = True
-    else:
-        segments, documents = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("segments", "documents"))
-        of_training = np.zeros(len(segments) + 1, np.int64)
-        begins = documents["first"][first:stop].astype(np.int64)
-        np.add.at(of_training, begins, 1)
-        np.add.at(of_training, begins + documents["segments"][first:stop], -1)
-        chosen = segments[(np.cumsum(of_training)[:-1] > 0) & (segments["image"] == 1)]
-        trained[chosen["number"].astype(np.int64)] = True
-    return images, trained
+    return TarImages(folder, tuple(url for url, _ in dataset["tars"]), records, Rows(0, len(records)), tuple(sizes))
 
 
 def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes: bool = False) -> Path:
@@ -48,7 +36,7 @@ def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes:
         raise ValueError(
             f"{codec.name} encodes as fast as latents are read: name another data.codec, or encode nothing"
         )
-    images, trained = every_image(folder, sizes)
+    images = every_image(folder, sizes)
     kept = kept_at(images, codec, codes)
     if (kept.folder / WHOLE).is_file():
         return kept.folder
@@ -56,19 +44,14 @@ def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes:
     shapes = latent_shapes(images, kept, codec)
     starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])
     save(kept.folder / "starts.npy", lambda file: np.save(file, starts))
-    blocks = range(-(-len(images) // BLOCK))
-    for b in blocks:
-        if not (kept.folder / f"{b:06}.json").is_file():
-            numbers = np.arange(b * BLOCK, min((b + 1) * BLOCK, len(images)))
-            encode_block(images, numbers, shapes, starts, trained, kept, codec, kept.folder / f"{b:06}")
-        print(f"encoded {min((b + 1) * BLOCK, len(images))} of {len(images)} images", flush=True)
-    sums = [json.loads((kept.folder / f"{b:06}.json").read_text()) for b in blocks]
-    found = {"codec": codec.name, "codes": codes, "broken": [line for s in sums for line in s["broken"]]}
-    if not codes:
-        cells = sum(s["cells"] for s in sums)
-        mean = sum(np.array(s["sum"]) for s in sums) / max(cells, 1)
-        spread = np.maximum(sum(np.array(s["squares"]) for s in sums) / max(cells, 1) - mean**2, 0)
-        found |= {"cells": cells, "mean": mean.tolist(), "std": np.sqrt(spread).tolist()}
+    broken = []
+    for b in range(-(-len(images) // BLOCK)):
+        numbers, name = np.arange(b * BLOCK, min((b + 1) * BLOCK, len(images))), kept.folder / f"{b:06}"
+        if not name.with_suffix(".json").is_file():
+            encode_block(images, numbers, shapes, starts, kept, codec, name)
+        broken += json.loads(name.with_suffix(".json").read_text())
+        print(f"encoded {numbers[-1] + 1} of {len(images)} images, {len(broken)} of them broken", flush=True)
+    found = {"codec": codec.name, "codes": codes, "images": len(images), "broken": broken}
     save(kept.folder / WHOLE, lambda file: file.write(json.dumps(found, indent=1).encode()))
     return kept.folder
 
@@ -81,19 +64,12 @@ def latent_shapes(images: TarImages, kept: Kept, codec: Codec) -> np.ndarray:
 
 
 def encode_block(
-    images: TarImages,
-    numbers: np.ndarray,
-    shapes: np.ndarray,
-    starts: np.ndarray,
-    trained: np.ndarray,
-    kept: Kept,
-    codec: Codec,
-    name: Path,
+    images: TarImages, numbers: np.ndarray, shapes: np.ndarray, starts: np.ndarray, kept: Kept, codec: Codec, name: Path
 ):
     """Writes the .bin and the .json of these images."""
     first = int(starts[numbers[0]])
     block = np.full(int(starts[numbers[-1] + 1]) - first, kept.missing, kept.dtype)
-    cells, total, squares, broken = 0, np.zeros(codec.channels), np.zeros(codec.channels), []
+    broken = []
     for batch, found in read_ahead(images, list(batches(numbers, shapes))):
         good = [i for i, pixels in zip(batch, found) if not isinstance(pixels, str)]
         broken += [[int(i), pixels] for i, pixels in zip(batch, found) if isinstance(pixels, str)]
@@ -102,13 +78,8 @@ def encode_block(
         latents = codec.encode(np.stack([pixels for pixels in found if not isinstance(pixels, str)]))
         for i, one in zip(good, codec.quantize(latents) if kept.codes else latents):
             block[starts[i] - first : starts[i + 1] - first] = one.ravel()
-            if trained[i] and not kept.codes:
-                cells += one[0].size
-                total += one.sum((1, 2), dtype=np.float64)
-                squares += np.square(one, dtype=np.float64).sum((1, 2))
     save(name.with_suffix(".bin"), lambda file: file.write(block.tobytes()))
-    sums = {"cells": cells, "sum": total.tolist(), "squares": squares.tolist(), "broken": sorted(broken)}
-    save(name.with_suffix(".json"), lambda file: file.write(json.dumps(sums).encode()))
+    save(name.with_suffix(".json"), lambda file: file.write(json.dumps(sorted(broken)).encode()))
 
 
 def batches(numbers: np.ndarray, shapes: np.ndarray) -> Iterator[np.ndarray]:

@@ -2,18 +2,17 @@
 
     FOLDER/latents/KEY/starts.npy     where those of each image begin; KEY = sha256(codec, sizes, dataset.json)
                        000000.bin     float32 [C, h, w], or int32 codes [h, w], of 1024 images, one behind the other
-                       000000.json    sums over those of training; which images are broken
-                       latents.json   written last: mean and deviation of each channel; with it all are there
+                       000000.json    [number, why] of those that are broken
+                       latents.json   the same of all, written last: with it all are there
 
 An image that could not be encoded has NaN, or codes of -1.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -98,12 +97,12 @@ def kept_at(images: Numbered, codec: Codec, codes: bool) -> Kept:
     return Kept(images, folder, codec.channels, codec.factor, codes, Mapped(folder / "starts.npy"))
 
 
-def load_latents(images: Numbered, codec: Codec, codes: bool = False) -> tuple[Kept, dict[str, Any]]:
-    """(latents of these images, or codes, and latents.json); ValueError where they were not encoded yet."""
+def load_latents(images: Numbered, codec: Codec, codes: bool = False) -> Kept:
+    """The latents of these images, or their codes; ValueError where they were not encoded yet."""
     kept = kept_at(images, codec, codes)
     if not (kept.folder / WHOLE).is_file():
         raise ValueError(
             f"the images of {images.folder} are not encoded with {codec.name}: call transfusion data encode CONFIG "
             "with this config first"
         )
-    return kept, json.loads((kept.folder / WHOLE).read_text())
+    return kept
