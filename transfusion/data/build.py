@@ -259,18 +259,19 @@ def merge_text(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
     ]
     kept = sorted(kept)[:KEPT]
     write_held_out([text for *_, text in sorted(kept, key=lambda k: k[1:3])], out)
-    return {"tokens": whole.n, "documents": {"train": int((~apart).sum()), "held_out": int(apart.sum())}}
+    return {"tokens": whole.n, "documents": {"train": int((~apart).sum()), "held_out": int(apart.sum()), "all": n}}
 
 
 def few_texts(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
     found = [item for shard, *_ in parts for item in texts(shard, recipe.columns.text)]
-    train, apart = split_documents([item[1] for item in found if not isinstance(item, Left)])
+    every = [item[1] for item in found if not isinstance(item, Left)]
+    train, apart = split_documents(every)
     tokenizer = tokenizer_at(recipe.tokenizer)
     with Growing(out / "ids.npy", id_type(tokenizer)) as whole:
         for text in train:
             whole.append([*tokenizer.encode(text), tokenizer.special.eos])
     write_held_out(apart, out)
-    return {"tokens": whole.n, "documents": {"train": len(train), "held_out": len(apart)}}
+    return {"tokens": whole.n, "documents": {"train": len(train), "held_out": len(apart), "all": len(every)}}
 
 
 def write_held_out(held: list[str], out: Path):

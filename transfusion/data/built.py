@@ -268,7 +268,7 @@ def keep_fitting(found: BuiltCaptions, rooms: Sequence[int]) -> tuple[BuiltCapti
 
 def load_built_text(path: str | Path, tokenizer: Tokenizer) -> tuple[Mapped, list[str], dict[str, int]]:
     """(uint16 or uint32 ids of all training text, each document closed by <eos>; some of the texts held out; how many
-    documents there are by split)."""
+    documents there are by split, and in all)."""
     folder, dataset = read_dataset(path, "text", tokenizer)
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     return Mapped(folder / "ids.npy"), [json.loads(line)["text"] for line in lines], dataset["documents"]

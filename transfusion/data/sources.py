@@ -53,7 +53,7 @@ def captions_at(
 def text_at(path: str, name: str, tokenizer: Tokenizer) -> tuple[Stream, list[str], Report]:
     """The text of a built folder, some of what is held out, and how much there is."""
     ids, held_out, counts = load_built_text(path, tokenizer)
-    return Stream(name, ids, counts["train"]), held_out, Report(sum(counts.values()))
+    return Stream(name, ids, counts["train"]), held_out, Report(counts["all"])
 
 
 @dataclass(frozen=True, eq=False)
