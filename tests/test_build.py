@@ -252,9 +252,20 @@ def test_a_second_build_does_what_is_new_and_no_more(tiny, tmp_path, capsys):
     assert all(p.stat().st_mtime_ns == at for p, at in made.items())
     os.utime(more, ns=(1, 1))  # changed, for all that can be known
     build("images", [*sources, str(more)], tmp_path / "built")
-    assert len(list((tmp_path / "built" / "parts").iterdir())) == 5
+    assert len(list((tmp_path / "built" / "parts").iterdir())) == 4  # none of what it was before
     with pytest.raises(ValueError, match="holds images of format 1: name another folder"):
         build("text", [str(tiny / "texts")], tmp_path / "built")
+
+
+def test_a_tar_of_loose_images_that_was_lost_is_made_again(tiny, tmp_path, tokenizer):
+    build("images", [str(tiny / "pictures")], tmp_path / "built")
+    before = tree(tmp_path / "built")
+    (tar,) = (tmp_path / "built" / "shards").iterdir()
+    tar.unlink()
+    with pytest.raises(ValueError, match="is gone or has changed: build the data anew"):
+        load_built_images(tmp_path / "built", SIZES, tokenizer)
+    build("images", [str(tiny / "pictures")], tmp_path / "built")
+    assert tree(tmp_path / "built") == before
 
 
 def test_a_shard_that_cannot_be_read_is_told_and_tried_again(tiny, tmp_path, monkeypatch):

@@ -10,14 +10,11 @@ whoever needs the room may delete FOLDER/parts.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,18 @@ import numpy as np
 from transfusion.data.built import FORMAT
 from transfusion.data.images import held_out_hashes
 from transfusion.data.mapped import DATASET, Growing
-from transfusion.data.parts import KEPT, SPLITS, Recipe, folder_of, id_type, make_part, tokenizer_at, tokenizer_key
+from transfusion.data.parts import (
+    KEPT,
+    SPLITS,
+    Recipe,
+    folder_of,
+    have_tars,
+    id_type,
+    make_part,
+    tokenizer_at,
+    tokenizer_key,
+)
+from transfusion.data.processes import side_by_side
 from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import texts
 from transfusion.data.shards import Shard, find_shards
@@ -53,7 +61,8 @@ def build(
         same = [known(shard) for shard in shards] == [
             {k: s[k] for k in KNOWN} for s in there["shards"] if "problem" not in s
         ]
-        if same and there["tokenizer"] == tokenizer_key(tokenizer) and there["columns"] == list(columns):
+        same &= there["tokenizer"] == tokenizer_key(tokenizer) and there["columns"] == list(columns)
+        if same and have_tars(there.get("tars", []), recipe.out):
             print(f"{out} is built of these sources already")
             return there
         file.unlink()  # until the new one is whole
@@ -89,10 +98,16 @@ def build(
     (new / DATASET).write_text(json.dumps(dataset, indent=1) + "\n")
     for path in sorted(new.iterdir(), key=lambda path: path.name == DATASET):  # the last of them says that it is whole
         os.replace(path, out / path.name)
-    for path in (*out.glob(".*-merged"), *out.glob("parts/.*"), *out.glob("shards/.*")):  # what a kill left behind
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    tidy(out, {folder.name for _, folder, _ in parts} | {Path(url).name for url, _ in found.get("tars", [])})
     print(f"{out}: {account(shards, made)}")
     return dataset
+
+
+def tidy(out: Path, used: set[str]):
+    """Removes what a kill left behind, and what was made of sources as they were before."""
+    for path in (*out.glob(".*-merged"), *out.glob("parts/*"), *out.glob("shards/*")):
+        if path.name not in used:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 KNOWN = ("url", "bytes", "version", "part")
@@ -105,27 +120,14 @@ def known(shard: Shard) -> dict[str, Any]:
 
 def make_parts(shards: list[Shard], recipe: Recipe, workers: int) -> Iterator[dict[str, Any] | str]:
     """make_part of each shard, in their order, by so many processes; 0 = this one. Tells how far it is."""
-    make = partial(make_part, recipe=recipe)
     (recipe.out / "parts").mkdir(parents=True, exist_ok=True)
-    with ExitStack() as pool:
-        if workers and len(shards) > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would share the tokenizer's threads, and break
-            executor = ProcessPoolExecutor(min(workers, len(shards)), context, one_core)
-            made = pool.enter_context(executor).map(make, shards)
-        else:
-            made = map(make, shards)
-        samples = 0
-        for i, part in enumerate(made, 1):
-            samples += 0 if isinstance(part, str) else part["samples"]
-            if sys.stdout.isatty() or i * 10 // len(shards) > (i - 1) * 10 // len(shards):
-                line = f"{i} of {len(shards)} shards: kept {samples}"
-                print(line, end="\r" if sys.stdout.isatty() and i < len(shards) else "\n", flush=True)
-            yield part
-
-
-def one_core():
-    """Of a worker: the others have the other cores."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    samples, tty = 0, sys.stdout.isatty()
+    for i, part in enumerate(side_by_side(partial(make_part, recipe=recipe), shards, workers), 1):
+        samples += 0 if isinstance(part, str) else part["samples"]
+        if tty or i * 10 // len(shards) > (i - 1) * 10 // len(shards):
+            end = "\r" if tty and i < len(shards) else "\n"
+            print(f"{i} of {len(shards)} shards: kept {samples}", end=end, flush=True)
+        yield part
 
 
 def account(shards: list[Shard], made: list[dict[str, Any] | str]) -> str:

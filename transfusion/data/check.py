@@ -5,12 +5,11 @@ my/00000.tar: usable 9981, left out 19
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from typing import NamedTuple
 
 from transfusion.data.images import Size, decode, measure
+from transfusion.data.processes import side_by_side
 from transfusion.data.report import NAMED
 from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import documents, image_samples, texts
@@ -35,12 +34,7 @@ class Found(NamedTuple):
 def check(kind: str, sources: Sequence[str], workers: int = 0, columns: Columns = COLUMNS) -> Iterator[Found]:
     """What each shard holds, as it is read, by so many processes; 0 = this one."""
     shards = [shard for source in sources for shard in find_shards(kind, source)]
-    look_at = partial(check_shard, kind=kind, columns=columns)
-    if not workers or len(shards) < 2:
-        yield from map(look_at, shards)
-        return
-    with ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn")) as pool:
-        yield from pool.map(look_at, shards)
+    yield from side_by_side(partial(check_shard, kind=kind, columns=columns), shards, workers)
 
 
 def check_shard(shard: Shard, kind: str, columns: Columns) -> Found:

@@ -64,6 +64,7 @@ DOCUMENT = np.dtype(
 SEGMENT = np.dtype([("image", "u1"), ("learn", "u1"), ("number", "<u8")])  # of the image, or of the text
 CHOICE = np.dtype([("hash", "<u8"), ("split", "u1")])  # 0 = by the hash, k = the k-th of its kind's splits
 SPLITS = {"images": images.SPLITS, "documents": interleaved.SPLITS, "text": ("train", "held_out")}
+PACKED = "shards/"  # where tars of loose images lie, within the built folder, which may be moved
 KEPT = 1000  # held-out documents of text that are kept as text
 AT_ONCE = 1 << 20  # characters that are tokenised together
 
@@ -202,7 +203,7 @@ def folder_of(shard: Shard, recipe: Recipe) -> Path:
 def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
     """The part.json of a shard, made now unless it is there; or why the shard cannot be read, for now."""
     folder = folder_of(shard, recipe)
-    if not (folder / "part.json").is_file():
+    if not is_whole(folder, recipe):
         new = folder.with_name(f".{os.getpid()}-{folder.name}")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -210,6 +211,7 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
             with Skipped(new) as skipped:
                 found = PARTS[recipe.kind](shard, recipe, new, skipped)
             (new / "part.json").write_text(json.dumps({**found, "skipped": dict(skipped.counts)}))
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -217,6 +219,17 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
                 raise
             return f"shard that cannot be read: {error}"
     return json.loads((folder / "part.json").read_text())
+
+
+def is_whole(folder: Path, recipe: Recipe) -> bool:
+    """Whether the part is there, and the tar that its images were put into."""
+    file = folder / "part.json"
+    return file.is_file() and have_tars(json.loads(file.read_text())["tars"], recipe.out)
+
+
+def have_tars(tars: list[list[Any]], out: Path) -> bool:
+    """Whether those of these tars that lie in the built folder are there."""
+    return all((out / url).is_file() for url, _ in tars if url.startswith(PACKED))
 
 
 def image_record(tar: int, picture: Picture, first: int, captions: int, name: tuple[int, int]) -> tuple[int, ...]:
@@ -308,7 +321,7 @@ class Pack:
 
     def __init__(self, shard: Shard, recipe: Recipe):
         key = hash_of(repr(recipe.columns))
-        self.url = f"shards/{shard.key}-{key:016x}.tar"  # within the built folder, which may be moved
+        self.url = f"{PACKED}{shard.key}-{key:016x}.tar"
         self.file = recipe.out / self.url
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.new = self.file.with_name(f".{os.getpid()}-{self.file.name}")
