@@ -13,7 +13,7 @@ All that is here goes to other processes as names of files.
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from transfusion.data.storage import Span, is_remote, read_spans, stamp
 from transfusion.tokenizer import Tokenizer
 
 FORMAT = 1
+SCANNED = 1 << 20  # images whose records are looked at together
 
 
 def is_built(path: str | Path) -> bool:
@@ -76,10 +77,9 @@ class Rows(Sequence):
         i = int(i) % len(self)
         return self.first + i + (int(np.searchsorted(self.gaps, i, "right")) if len(self.gaps) else 0)
 
-    def without(self, left: np.ndarray) -> "Rows":
-        """Those of them, none of which was left out before, where `left`, bool [n], is false."""
-        assert not len(self.gaps) and len(left) == len(self)
-        out = np.flatnonzero(left)
+    def without(self, out: np.ndarray) -> "Rows":
+        """The others than number out[0], out[1], ... (rising) of these, of which none was left out before."""
+        assert not len(self.gaps)
         return Rows(self.first, self.stop, out - np.arange(len(out)))
 
 
@@ -109,11 +109,19 @@ class TarImages(Sequence):
         return bucket_of(int(record["width"]), int(record["height"]), self.sizes)
 
     def closest(self) -> np.ndarray:
-        """int64 [n]: which of the sizes each of the images has, those left out included."""
-        sizes, records = np.array(self.sizes), self.records[self.rows.first : self.rows.stop]
-        a = records["width"].astype(np.int64)[:, None] * sizes[:, 0]
-        b = records["height"].astype(np.int64)[:, None] * sizes[:, 1]
-        return (np.maximum(a, b) / np.minimum(a, b)).argmin(1)
+        """int16 [n]: which of the sizes each of the images has, those left out included."""
+        sizes, found = np.array(self.sizes), np.empty(self.rows.stop - self.rows.first, np.int16)
+        for part, records in self.blocks():
+            a = records["width"].astype(np.int64)[:, None] * sizes[:, 0]
+            b = records["height"].astype(np.int64)[:, None] * sizes[:, 1]
+            found[part] = (np.maximum(a, b) / np.minimum(a, b)).argmin(1)
+        return found
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Which, and their records, some at a time, those left out included."""
+        for start in range(self.rows.first, self.rows.stop, SCANNED):
+            stop = min(start + SCANNED, self.rows.stop)
+            yield slice(start - self.rows.first, stop - self.rows.first), self.records[start:stop]
 
     def read(self, numbers: Sequence[int]) -> list[np.ndarray | str]:
         """uint8 [h, w, 3] of each of these images, or why it cannot be had."""
@@ -175,16 +183,19 @@ class CaptionIds(Sequence):
         room = self.rooms[self.images.sizes.index(self.images.shape(i))]
         return [ids for ids in found if len(ids) <= room]
 
-    def fitting(self, rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [n], [n]: of each image how many captions have room beside it, and how many it has."""
-        records, starts = self.images.records[self.images.rows.first : self.images.rows.stop], self.ids.starts
-        counts = records["captions"].astype(np.int64)
-        begins = np.cumsum(counts) - counts
-        caption = np.repeat(records["first"].astype(np.int64) - begins, counts) + np.arange(counts.sum())
-        room = np.repeat(np.array(rooms)[self.images.closest()], counts)
-        fits = (starts[caption + 1] - starts[caption]).astype(np.int64) <= room
-        ends = np.concatenate([[0], np.cumsum(fits)])
-        return ends[begins + counts] - ends[begins], counts
+    def lacking(self, rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of images beside which no caption has room, and of those beside which some have none."""
+        closest, starts, none, some = self.images.closest(), self.ids.starts, [], []
+        for part, records in self.images.blocks():
+            counts = records["captions"].astype(np.int64)
+            begins = np.cumsum(counts) - counts
+            caption = np.repeat(records["first"].astype(np.int64) - begins, counts) + np.arange(counts.sum())
+            room = np.repeat(np.array(rooms)[closest[part]], counts)
+            ends = np.concatenate([[0], np.cumsum((starts[caption + 1] - starts[caption]).astype(np.int64) <= room)])
+            fit = ends[begins + counts] - ends[begins]
+            none.append(part.start + np.flatnonzero(fit == 0))
+            some.append(part.start + np.flatnonzero((fit > 0) & (fit < counts)))
+        return tuple(np.concatenate(found) if found else np.zeros(0, np.int64) for found in (none, some))
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,10 +270,9 @@ def mapped_letters(folder: Path) -> Mapped:
 
 def keep_fitting(found: BuiltCaptions, rooms: Sequence[int]) -> tuple[BuiltCaptions, list[str], list[str]]:
     """(the images some caption of which has room beside them, the names of the others, those that lost a caption)."""
-    fit, all_of = found.ids.fitting(rooms)
-    out, less = fit == 0, (fit > 0) & (fit < all_of)
-    named = [[found.names[i] for i in np.flatnonzero(mask)] for mask in (out, less)]
+    out, less = found.ids.lacking(rooms)
     images = replace(found.images, rows=found.images.rows.without(out))
+    named = [[found.names[i] for i in numbers] for numbers in (out, less)]
     return captions_of(images, found.texts.tokenizer, found.names.letters, tuple(rooms)), *named
 
 
@@ -306,8 +316,8 @@ class BuiltDocuments(Sequence):
         ]
         return pieces, json.loads(string(self.letters, int(record["info"]), int(record["info_letters"])))
 
-    def fitting(self, lengths: np.ndarray, images: TarImages, most: int) -> np.ndarray:
-        """bool [n]: which documents have at most `most` positions, where an image of size s takes lengths[s, 1] if it
+    def longer(self, lengths: np.ndarray, images: TarImages, most: int) -> np.ndarray:
+        """The numbers of documents of more than `most` positions, where an image of size s takes lengths[s, 1] if it
         is learned and something follows it, else lengths[s, 0]."""
         segments, starts, records = self.segments.array, self.ids.starts, self.documents.array
         last = np.zeros(len(segments), bool)
@@ -323,7 +333,7 @@ class BuiltDocuments(Sequence):
         ]
         upto = np.concatenate([[0], np.cumsum(sizes)])
         mine = slice(self.rows.first, self.rows.stop)
-        return upto[ends[mine]] - upto[records["first"][mine].astype(np.int64)] <= most
+        return np.flatnonzero(upto[ends[mine]] - upto[records["first"][mine].astype(np.int64)] > most)
 
     def name(self, i: int) -> str:
         """File and line."""

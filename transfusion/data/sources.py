@@ -87,8 +87,8 @@ def documents_at(
     lengths = np.array([[image_length(grid, fmt, copy) for copy in copies] for grid in grids])
     found, out = {}, []
     for split, documents in by_split.items():
-        left = ~documents.fitting(lengths, images, seq_len - 2)
-        out += [documents.name(i) for i in np.flatnonzero(left)]
-        found[split] = PlacedDocuments(replace(documents, rows=documents.rows.without(left)), first)
+        longer = documents.longer(lengths, images, seq_len - 2)
+        out += [documents.name(i) for i in longer]
+        found[split] = PlacedDocuments(replace(documents, rows=documents.rows.without(longer)), first)
     reasons = {f"document longer than seq_len = {seq_len}": out} if out else {}
     return images, found, Report(sum(map(len, found.values())), reasons)
