@@ -1,5 +1,6 @@
 """What is built is what the readers of memory give; a build may be killed anywhere."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -266,6 +267,50 @@ def test_a_tar_of_loose_images_that_was_lost_is_made_again(tiny, tmp_path, token
         load_built_images(tmp_path / "built", SIZES, tokenizer)
     build("images", [str(tiny / "pictures")], tmp_path / "built")
     assert tree(tmp_path / "built") == before
+
+
+def test_documents_are_built_anew_when_an_image_of_theirs_or_a_tar_changes(tmp_path, tokenizer):
+    folder = write_documents(tmp_path / "docs")
+    write_tar(folder / "0.tar", {"a.png": picture("red")})
+    with (folder / "documents.jsonl").open("a") as file:
+        file.write(json.dumps({"segments": ["in a tar", {"image": "0.tar/a.png"}], "split": "train"}) + "\n")
+
+    def last_images() -> list[bytes]:
+        images, found = load_built_documents(tmp_path / "built", SIZES, tokenizer)
+        return [images[p.content].tobytes() for d in found["train"] for p in d[0] if isinstance(p.content, int)][-2:]
+
+    build("documents", [str(folder)], tmp_path / "built")
+    before = last_images()
+    (folder / "purple-bar.png").write_bytes(picture("white", (24, 16)))
+    build("documents", [str(folder)], tmp_path / "built")
+    assert last_images() == [b"\xff" * (16 * 24 * 3), before[1]] != before
+    write_tar(folder / "0.tar", {"b.png": picture("green"), "a.png": picture("white")})
+    with pytest.raises(ValueError, match="bytes that have changed since it was built"):
+        last_images()
+    build("documents", [str(folder)], tmp_path / "built")
+    assert last_images()[1] == b"\xff" * (16 * 16 * 3)
+
+
+def test_a_folder_is_built_by_one_process_at_a_time_from_each_source_once(tiny, tmp_path):
+    sources = [str(tiny / "pictures")]
+    with pytest.raises(ValueError, match="is named twice: name each source once"):
+        build("images", sources * 2, tmp_path / "built")
+    (tmp_path / "built").mkdir()
+    with (tmp_path / "built" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another process is building .*built: wait for it"):
+            build("images", sources, tmp_path / "built")
+    build("images", sources, tmp_path / "built")
+
+
+def test_a_link_into_nowhere_is_one_image_less(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    (tmp_path / "in" / "a.png").write_bytes(picture())
+    os.symlink(tmp_path / "gone.png", tmp_path / "in" / "b.png")
+    dataset = build("images", [str(tmp_path / "in")], tmp_path / "built")
+    assert dataset["splits"]["train"] == [0, 1] and dataset["skipped"] == {"file that cannot be read": 1}
 
 
 def test_a_shard_that_cannot_be_read_is_told_and_tried_again(tiny, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ The bytes of the result follow from the sources alone. Parts stay, and serve the
 whoever needs the room may delete FOLDER/parts.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -29,7 +30,6 @@ from transfusion.data.parts import (
     SPLITS,
     Recipe,
     folder_of,
-    have_tars,
     id_type,
     make_part,
     tokenizer_at,
@@ -40,6 +40,7 @@ from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import texts
 from transfusion.data.shards import Shard, find_shards
 from transfusion.data.split import lowest
+from transfusion.data.storage import has_size
 from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_documents
 
 Part = tuple[Shard, Path, dict[str, Any]]
@@ -50,7 +51,21 @@ def build(
 ) -> dict[str, Any]:
     """dataset.json of the folder that is built now, or was; ValueError where nothing usable is found."""
     shards = [shard for source in sources for shard in find_shards(kind, source)]
-    recipe = Recipe(kind, out.absolute(), tokenizer, columns)
+    twice = [shard.url for shard, n in Counter(shards).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice: name each source once")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system, however this process ends
+        except OSError:
+            raise ValueError(f"another process is building {out}: wait for it, or name another folder") from None
+        return build_shards(shards, sources, Recipe(kind, out.absolute(), tokenizer, columns), workers)
+
+
+def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, workers: int) -> dict[str, Any]:
+    """The same of these shards."""
+    kind, out, tokenizer, columns = recipe
     file = out / DATASET
     if file.is_file():
         there = json.loads(file.read_text())
@@ -62,7 +77,7 @@ def build(
             {k: s[k] for k in KNOWN} for s in there["shards"] if "problem" not in s
         ]
         same &= there["tokenizer"] == tokenizer_key(tokenizer) and there["columns"] == list(columns)
-        if same and have_tars(there.get("tars", []), recipe.out):
+        if same and all(has_size(recipe.out, *tar) for tar in there.get("tars", [])):
             print(f"{out} is built of these sources already")
             return there
         file.unlink()  # until the new one is whole

@@ -24,7 +24,7 @@ from transfusion.codec.codec import Codec
 from transfusion.data.encoded import load_latents
 from transfusion.data.images import Size, bucket_of, decode
 from transfusion.data.mapped import DATASET, Mapped
-from transfusion.data.storage import Span, is_remote, read_spans, stamp
+from transfusion.data.storage import Span, has_size, is_remote, read_spans
 from transfusion.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -48,16 +48,9 @@ def read_dataset(path: str | Path, kind: str, tokenizer: Tokenizer) -> tuple[Pat
             f"{folder} was built with another tokenizer: build it with --tokenizer FILE, the one of data.tokenizer"
         )
     for url, size in dataset.get("tars", []):
-        if not is_remote(url) and size != size_of(folder / url):
+        if not has_size(folder, url, size):
             raise ValueError(f"the tar {folder / url} of {folder} is gone or has changed: build the data anew")
     return folder, dataset
-
-
-def size_of(path: Path) -> int:
-    try:
-        return stamp(str(path)).bytes
-    except OSError:
-        return -1
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from transfusion.data.rows import Columns, Left
 from transfusion.data.samples import documents, image_samples, texts
 from transfusion.data.shards import Shard
 from transfusion.data.split import hash_of
-from transfusion.data.storage import stamp
+from transfusion.data.storage import has_size, stamp
 from transfusion.data.tars import Picture, TarWriter
 from transfusion.data.text import HELD_OUT_SHARE
 from transfusion.tokenizer import Tokenizer, load_tokenizer
@@ -222,14 +222,9 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
 
 
 def is_whole(folder: Path, recipe: Recipe) -> bool:
-    """Whether the part is there, and the tar that its images were put into."""
+    """Whether the part is there, and the tars that it points into."""
     file = folder / "part.json"
-    return file.is_file() and have_tars(json.loads(file.read_text())["tars"], recipe.out)
-
-
-def have_tars(tars: list[list[Any]], out: Path) -> bool:
-    """Whether those of these tars that lie in the built folder are there."""
-    return all((out / url).is_file() for url, _ in tars if url.startswith(PACKED))
+    return file.is_file() and all(has_size(recipe.out, *tar) for tar in json.loads(file.read_text())["tars"])
 
 
 def image_record(tar: int, picture: Picture, first: int, captions: int, name: tuple[int, int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from transfusion.data.images import METADATA, SUFFIXES
 from transfusion.data.interleaved import DOCUMENTS
 from transfusion.data.rows import describe
-from transfusion.data.storage import absolute, is_remote, join, local, names_below, stamp
+from transfusion.data.storage import Stamp, absolute, is_remote, join, local, names_below, stamp
 
 FORMS = {  # kind -> ending -> form
     "images": {".tar": "tar", ".parquet": "parquet"},
@@ -103,6 +103,9 @@ def shards_of(kind: str, url: str) -> list[Shard]:
     shards = [of_file(form_of(kind, name), join(url, name), url) for name in files]
     if is_remote(url):
         return shards
+    if kind == "documents":  # which are others when an image of theirs is another
+        loose = of_folder("folder", url, [name for name in names if name.lower().endswith((*SUFFIXES, ".tar"))])
+        return [shard._replace(version=f"{shard.version} {loose.version}") for shard in shards]
     if kind == "images" and not shards and any(name.lower().endswith(SUFFIXES) for name in names):
         return [of_folder("folder", url, names)]
     if kind == "text" and (loose := [name for name in names if name.lower().endswith(".txt")]):
@@ -119,9 +122,17 @@ def of_file(form: str, url: str, root: str) -> Shard:
 
 def of_folder(form: str, url: str, names: list[str]) -> Shard:
     """All these files of a folder, as one shard."""
-    stamps = [stamp(join(url, name)) for name in names]
+    stamps = [stamp_or_none(join(url, name)) for name in names]
     version = hashlib.sha256(repr(list(zip(names, stamps))).encode()).hexdigest()[:20]
     return Shard(form, url, url, sum(found.bytes for found in stamps), version)
+
+
+def stamp_or_none(url: str) -> Stamp:
+    """That of a link into nowhere too."""
+    try:
+        return stamp(url)
+    except OSError:
+        return Stamp(0, "")
 
 
 def hf_shards(source: str) -> list[Shard]:

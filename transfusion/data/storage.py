@@ -79,6 +79,12 @@ def stamp(url: str) -> Stamp:
     return Stamp(fs.size(path) or 0, str(fs.ukey(path)))
 
 
+def has_size(folder: Path, url: str, size: int) -> bool:
+    """Whether a file, named from a folder or whole, has so many bytes; of one elsewhere that is taken for granted."""
+    path = folder / url.removeprefix("file://")  # a whole path stays what it is
+    return is_remote(url) or (path.is_file() and path.stat().st_size == size)
+
+
 def names_below(url: str) -> list[str]:
     """The files of a folder, as names within it, sorted, sub-folders included, hidden ones left out."""
     if is_remote(url):
