@@ -68,12 +68,16 @@ def write_tars(folder: Path, files, captions) -> int:
     raise AssertionError("more shards than names")
 
 
-def timed(count: int, work) -> dict[str, float]:
-    """Things a second while `work` does so many."""
+def seconds(work) -> tuple[float, float]:
+    """Of the clock and of the processor, while `work` is done."""
     start = now()
     work()
-    wall, cpu = (b - a for a, b in zip(start, now()))
-    return {"count": count, "a core": round(count / cpu, 1), "wall": round(count / wall, 1)}
+    return tuple(b - a for a, b in zip(start, now()))
+
+
+def rates(count: int, wall: float, cpu: float) -> dict[str, float]:
+    """Things a second, of so many."""
+    return {"count": count, "a core": round(count / cpu), "wall": round(count / wall)}
 
 
 def quietly(*arguments) -> None:
@@ -86,7 +90,7 @@ def images(folder: Path, name: str, files, captions, side: int) -> dict:
     total = write_tars(folder / name, files, captions)
     out = folder / f"built-{name}"
     n = len(captions)
-    built = timed(n, lambda: quietly("images", [str(folder / name)], out))
+    built = seconds(lambda: quietly("images", [str(folder / name)], out))
     train = load_built_images(out, [(side, side)], load_tokenizer())["train"].images
     order = np.random.default_rng(0).permutation(len(train))
 
@@ -94,7 +98,7 @@ def images(folder: Path, name: str, files, captions, side: int) -> dict:
         for i in range(0, len(order), TOGETHER):
             assert not any(isinstance(one, str) for one in train.read(order[i : i + TOGETHER]))
 
-    return {"bytes an image": total // n, "built": built, "read": timed(len(train), read)}
+    return {"bytes an image": total // n, "built": rates(n, *built), "read": rates(len(train), *seconds(read))}
 
 
 def text(folder: Path, documents: list[str], copies: int) -> dict:
@@ -103,11 +107,11 @@ def text(folder: Path, documents: list[str], copies: int) -> dict:
     lines = [json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(copies) for text in documents]
     (folder / "text" / "a.jsonl").write_text("".join(lines))
     out = folder / "built-text"
-    built = timed(1, lambda: quietly("text", [str(folder / "text")], out))
+    built = seconds(lambda: quietly("text", [str(folder / "text")], out))
     ids, *_ = load_built_text(out, load_tokenizer())
     stream, starts = Stream("text", ids, 0), np.random.default_rng(0).integers(0, len(ids), 20_000).tolist()
-    built = {key: round(rate * len(ids)) for key, rate in built.items()}
-    return {"built": built, "read": timed(len(starts) * WINDOW, lambda: [stream.cut(s, WINDOW) for s in starts])}
+    read = seconds(lambda: [stream.cut(s, WINDOW) for s in starts])
+    return {"built": rates(len(ids), *built), "read": rates(len(starts) * WINDOW, *read)}
 
 
 def main():
