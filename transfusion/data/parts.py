@@ -211,8 +211,11 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
             with Skipped(new) as skipped:
                 found = PARTS[recipe.kind](shard, recipe, new, skipped)
             (new / "part.json").write_text(json.dumps({**found, "skipped": dict(skipped.counts)}))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(new, folder)
+            if is_whole(folder, recipe):  # made meanwhile, after a kill that this process outlived
+                shutil.rmtree(new)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(new, folder)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # here, not there

@@ -4,10 +4,11 @@ What comes back comes in the order of the shards. Where one raises, those that w
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ def side_by_side(work: Callable[[S], T], shards: Sequence[S], workers: int) -> I
     if workers < 2 or len(shards) < 2:
         yield from map(work, shards)
         return
-    pool = ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn"), one_core)
+    pool = ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn"), begin)
     try:
         yield from pool.map(work, shards)
     except BrokenProcessPool:
@@ -31,6 +32,12 @@ def side_by_side(work: Callable[[S], T], shards: Sequence[S], workers: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def one_core():
-    """Of a worker: the others have the other cores."""
+def begin():
+    """Of a worker: the others have the other cores, and it ends with the process that began it, however that ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    parent_process().join()  # else a worker of a killed process would wait for work for ever
+    os._exit(1)
