@@ -53,5 +53,8 @@ list(side_by_side(say_and_wait, {files!r}, 2))
             time.sleep(0.05)
         parent.send_signal(signal.SIGKILL)
     workers = [int(Path(file).read_text()) for file in files]
-    while any(map(is_alive, workers)):  # for ever, if they outlive it
+    for _ in range(600):
+        if not any(map(is_alive, workers)):
+            return
         time.sleep(0.05)
+    pytest.fail(f"{workers} live on")
