@@ -24,6 +24,9 @@ EXTRAS = (
     "efficientnet_lite_pytorch",
     "peft",
     "gguf",
+    "pyarrow",
+    "datasets",
+    "fsspec",
 )
 
 DEPENDENCIES = {"torch", "numpy", "safetensors", "tokenizers", "PIL"}

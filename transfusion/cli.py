@@ -19,6 +19,7 @@ COMMANDS = {
     "inpaint": "Draw the part of an image anew that a mask shows in white; the rest stays.",
     "eval": "Measure a model on its data: text, captions, diffusion, drawings.",
     "eval-codec": "Measure how well a codec gives images back.",
+    "data": "Check, build and encode data sets that are larger than memory.",
     "plan": "Print a config's parameters, FLOPs and memory, on one device or on many GPUs; runs nothing.",
     "tokenize": "Train a byte-level BPE tokenizer on text.",
     "export": "Write a trained model as one folder to share.",
@@ -55,13 +56,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"transfusion {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count a program that Ctrl-C ended
-    return 0
 
 
 if __name__ == "__main__":

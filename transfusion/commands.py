@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
@@ -13,9 +14,15 @@ import PIL.Image
 from transfusion.cluster import GPUS, Cluster
 from transfusion.codec.load import load_codec
 from transfusion.config import load_config, override, to_toml
+from transfusion.data.build import build
+from transfusion.data.built import is_built
+from transfusion.data.check import check
 from transfusion.data.corpus import build_corpus
 from transfusion.data.crops import build_crops
+from transfusion.data.encode import encode_built
 from transfusion.data.images import parse_size
+from transfusion.data.rows import COLUMNS, Columns
+from transfusion.data.shards import KINDS
 from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
@@ -154,6 +161,8 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
         "data.image_size=128: other data than the run's own",
     )
 
+    declare_data(parsers["data"], with_config)
+
     p = command("plan", run_plan)
     with_config(p)
     p.add_argument("--gpus", type=int, default=0, metavar="N", help="plan for so many: memory of each, traffic, days")
@@ -173,6 +182,40 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     p.add_argument("--license", default="other", help="of the weights, for the model card")
     p.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub too")
+
+
+def declare_data(parser: argparse.ArgumentParser, with_config):
+    """Gives `transfusion data` its three commands."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, run, help: str) -> argparse.ArgumentParser:
+        p = actions.add_parser(name, help=help, description=help)
+        p.set_defaults(run=run)
+        return p
+
+    def with_sources(p: argparse.ArgumentParser):
+        p.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+        p.add_argument(
+            "sources",
+            nargs="+",
+            metavar="SOURCE",
+            help='tars, .parquet, .jsonl, .txt, folders of them, "my/{00000..00099}.tar", s3://..., hf:OWNER/NAME',
+        )
+        p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+        for name, default in zip(Columns._fields, COLUMNS):
+            what = f"the column of a table with {name}s; default {default}"
+            p.add_argument(f"--{name}-column", default=default, help=what)
+
+    p = action("check", run_data_check, "Read sources and say what is usable, and what is wrong with the rest.")
+    with_sources(p)
+
+    p = action("build", run_data_build, "Index and tokenise sources into a folder that training reads in place.")
+    with_sources(p)
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    p.add_argument("--tokenizer", default="", metavar="FILE", help="that of data.tokenizer; default: the shipped one")
+
+    p = action("encode", run_data_encode, "Encode the images of built folders with a config's codec, once.")
+    with_config(p)
 
 
 def run_train(args):
@@ -274,6 +317,35 @@ def run_plan(args):
     else:
         text = plan(config)
     print(to_toml(config) + "\n" + text)
+
+
+def run_data_check(args) -> int:
+    """1 where nothing is usable."""
+    usable = 0
+    for found in check(args.kind, args.sources, args.workers, Columns(args.image_column, args.text_column)):
+        print(found.summary(), flush=True)
+        usable += found.usable
+    print(f"{usable} {args.kind} can be used")
+    return 0 if usable else 1
+
+
+def run_data_build(args):
+    columns = Columns(args.image_column, args.text_column)
+    build(args.kind, args.sources, args.out, args.tokenizer, args.workers, columns)
+    print(f"use it by data.{args.kind}={args.out}")
+
+
+def run_data_encode(args):
+    config = load_config(RunConfig, args.config, args.overrides)
+    folders = [path for path in (*config.data.images, *config.data.documents) if is_built(path)]
+    if not folders:
+        raise ValueError(
+            f"{args.config} names no built images: build them by `transfusion data build images SOURCE --out FOLDER`, "
+            "and say data.images=FOLDER"
+        )
+    codec, codes = load_codec(config.data.codec, pick_device(config.device)), config.model.patches == "codes"
+    for folder in folders:
+        print(f"{folder}: latents in {encode_built(folder, codec, config.data.sizes, codes)}")
 
 
 def run_tokenize(args):

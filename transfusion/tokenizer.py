@@ -7,6 +7,8 @@
 Another Hugging Face tokenizer.json works too: the special tokens it lacks are added behind its vocabulary.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -19,6 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transfusion.sequence import Special
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tokenizer.json"
+PROBE = (
+    " The quick brown fox's 12,345 jumps: <boi>\n\tna\u00efve \u00c5 A\u030a \ufb01 \u4f60\u597d \U0001f34e  \r\n..."
+)
 NAMES = {f.name: f"<{f.name}>" for f in fields(Special)}
 
 
@@ -33,6 +38,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.hf.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def key(self) -> str:
+        """Changes with whatever changes the ids of texts, and with no more: not with the release that saved it."""
+        said = sorted(self.hf.get_vocab(with_added_tokens=True).items()), self.encode(PROBE)
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none of them special."""

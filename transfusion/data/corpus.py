@@ -9,11 +9,13 @@ from transfusion.cachedir import cachedir
 from transfusion.codec.codec import Codec
 from transfusion.data import latents as latent_cache
 from transfusion.data.arrays import Held, Joined
+from transfusion.data.built import is_built
 from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed, has_copies
 from transfusion.data.images import SPLITS, ImageSet, load_images
 from transfusion.data.interleaved import DocumentSet, TextSegment, load_documents
 from transfusion.data.mixture import names_of
 from transfusion.data.report import Report
+from transfusion.data.sources import caption_room, captions_at, documents_at, text_at, too_long
 from transfusion.data.text import TextSet, load_text
 from transfusion.data.windows import Stream
 from transfusion.sequence import Format, Text, image_length
@@ -30,26 +32,27 @@ def build_corpus(
         codec.grid(size, fmt.patch_size) for size in config.sizes
     ]  # a wrong size is refused before images are read
     reports: dict[str, Report] = {}
-    image_sets: list[ImageSet] = []
-    text_sets: list[TextSet] = []
-    document_sets: list[DocumentSet] = []
+    of_images: list[dict[str, Captions]] = []
     for path in config.images:
-        images, reports[f"images {path}"] = load_images(path, config.sizes)
-        image_sets.append(images)
-    for path in config.documents:
-        documents, reports[f"documents {path}"] = load_documents(path, config.sizes)
-        document_sets.append(documents)
-    for path in config.text:
-        texts, reports[f"text {path}"] = load_text(path)
-        text_sets.append(texts)
-    captions = {
-        split: joined([captions_of(s, split, config, tokenizer, codec, fmt, seq_len, reports) for s in image_sets])
-        for split in SPLITS
-    }
-    text = tuple(stream_of(*named, tokenizer, fmt) for named in zip(names_of("text", config.text), text_sets))
-    held_out = [text for s in text_sets for text in s.held_out]
-    corpus = Corpus(config, fmt, codec, captions, text, held_out)
-    corpus = with_documents(corpus, document_sets, tokenizer, seq_len, reports)
+        if is_built(path):
+            found, reports[f"images {path}"] = captions_at(path, config, tokenizer, codec, fmt, seq_len)
+        else:
+            images, reports[f"images {path}"] = load_images(path, config.sizes)
+            found = {s: captions_of(images, s, config, tokenizer, codec, fmt, seq_len, reports) for s in SPLITS}
+        of_images.append(found)
+    captions = {split: joined([found[split] for found in of_images]) for split in SPLITS}
+    streams: list[Stream] = []
+    held_out: list[str] = []
+    for path, name in zip(config.text, names_of("text", config.text)):
+        if is_built(path):
+            stream, apart, reports[f"text {path}"] = text_at(path, name, tokenizer)
+        else:
+            texts, reports[f"text {path}"] = load_text(path)
+            stream, apart = stream_of(name, texts, tokenizer, fmt), texts.held_out
+        streams.append(stream)
+        held_out += apart
+    corpus = Corpus(config, fmt, codec, captions, tuple(streams), held_out)
+    corpus = with_documents(corpus, tokenizer, seq_len, reports)
     if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
         need = 2 + min(image_length(grid, fmt, has_copies(config, fmt.codes)) for grid in grids)
         raise ValueError(
@@ -86,13 +89,11 @@ def captions_of(
     coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
     for i in members:
         of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
-        grid = codec.grid(images.images[i].shape[:2], fmt.patch_size)
-        room = seq_len - 2 - image_length(grid, fmt, has_copies(config, fmt.codes))
+        room = caption_room(images.images[i].shape[:2], config, codec, fmt, seq_len)
         fits = [j for j, c in enumerate(of_image) if len(c) <= room]
         source = f"images {images.name}"
         if not fits:
-            too_long = f"caption and image longer than seq_len = {seq_len}"
-            reports[source] = reports[source].skip(too_long, images.ids[i])
+            reports[source] = reports[source].skip(too_long(seq_len), images.ids[i])
             continue
         if len(fits) < len(of_image):
             reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
@@ -103,31 +104,48 @@ def captions_of(
     return Captions(Held(pixels), texts, ids, names)
 
 
-def with_documents(
-    corpus: Corpus, sets: list[DocumentSet], tokenizer: Tokenizer, seq_len: int, reports: dict[str, Report]
-) -> Corpus:
+def with_documents(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, reports: dict[str, Report]) -> Corpus:
     """The corpus with documents that have images anywhere; what does not fit into a row goes into `reports`."""
-    number = {(s.name, name): i for i, (s, name) in enumerate((s, name) for s in sets for name in s.images)}
-    images = Joined(Held(list(s.images.values())) for s in sets)
-    corpus = replace(corpus, interleaved=replace(NOTHING, images=images))
-    documents: dict[str, list[list[Document]]] = {split: [[] for _ in sets] for split in NOTHING.documents}
-    for at, s in enumerate(sets):
-        texts = [part.text for document in s.documents for part in document if isinstance(part, TextSegment)]
-        coded = iter(tokenizer.encode_many(texts))
-        for document, split, place, info in zip(s.documents, s.split, s.ids, s.info):
-            segments = [
-                Text(np.asarray(next(coded), np.int64), part.learn)
-                if isinstance(part, TextSegment)
-                else Placed(number[s.name, part.image], part.learn)
-                for part in document
-            ]
-            if corpus.length(segments) > seq_len:
-                source = f"documents {s.name}"
-                reports[source] = reports[source].skip(f"document longer than seq_len = {seq_len}", place)
-            else:
-                documents[str(split)][at].append(Document(segments, info, place))
-    by_split = {split: Joined(of_sets) for split, of_sets in documents.items()}
-    return replace(corpus, interleaved=Interleaved(images, by_split))
+    images: list[Sequence[np.ndarray]] = []
+    documents: dict[str, list[Sequence[Document]]] = {split: [] for split in NOTHING.documents}
+    for path in corpus.config.documents:
+        source, first = f"documents {path}", sum(map(len, images))
+        if is_built(path):
+            of = path, first, corpus.config, tokenizer, corpus.codec, corpus.fmt, seq_len
+            pictures, found, reports[source] = documents_at(*of)
+            images.append(pictures)
+        else:
+            loaded, reports[source] = load_documents(path, corpus.config.sizes)
+            images.append(Held(list(loaded.images.values())))
+            seen = replace(corpus, interleaved=replace(NOTHING, images=Joined(images)))
+            found = documents_of(loaded, first, seen, tokenizer, seq_len, reports)
+        for split, of_split in documents.items():
+            of_split.append(found[split])
+    by_split = {split: Joined(of_sources) for split, of_sources in documents.items()}
+    return replace(corpus, interleaved=Interleaved(Joined(images), by_split))
+
+
+def documents_of(
+    loaded: DocumentSet, first: int, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, reports: dict[str, Report]
+) -> dict[str, list[Document]]:
+    """The documents of a source in memory, by split, whose images `corpus` has from number `first` on."""
+    number = {name: first + i for i, name in enumerate(loaded.images)}
+    documents: dict[str, list[Document]] = {split: [] for split in NOTHING.documents}
+    texts = [part.text for document in loaded.documents for part in document if isinstance(part, TextSegment)]
+    coded = iter(tokenizer.encode_many(texts))
+    for document, split, place, info in zip(loaded.documents, loaded.split, loaded.ids, loaded.info):
+        segments = [
+            Text(np.asarray(next(coded), np.int64), part.learn)
+            if isinstance(part, TextSegment)
+            else Placed(number[part.image], part.learn)
+            for part in document
+        ]
+        if corpus.length(segments) > seq_len:
+            source = f"documents {loaded.name}"
+            reports[source] = reports[source].skip(f"document longer than seq_len = {seq_len}", place)
+        else:
+            documents[str(split)].append(Document(segments, info, place))
+    return documents
 
 
 def with_latents(corpus: Corpus) -> Corpus:

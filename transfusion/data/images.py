@@ -9,22 +9,24 @@ file where some line does, a line without is train. Of all other images of a fol
 the file name. In the shipped file all is fixed.
 """
 
-import hashlib
 import os
 import re
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from transfusion.data.jsonl import read_jsonl
 from transfusion.data.report import Report
+from transfusion.data.split import hash_of, lowest
 
 OPENMOJI = Path(__file__).resolve().parent.parent / "assets" / "openmoji.npz"
 SHIPPED = ("emoji", "emoji:base")
@@ -34,6 +36,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 HELD_OUT_SHARE = 0.02
 MIN_FOR_HELD_OUT = 20  # a folder smaller than this is trained on whole
 Size = tuple[int, int]  # height, width in pixels
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,22 +204,44 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted({known[s] for s in SUFFIXES if s in known}))
 
 
-def decode(file: Path, sizes: Sequence[Size]) -> np.ndarray | str:
+def decode(file: Path | bytes, sizes: Sequence[Size]) -> np.ndarray | str:
     """uint8 [h, w, 3] of an image file's first frame, upright, on white; or why it cannot be had."""
+
+    def pixels(picture: Image.Image) -> np.ndarray:
+        height, width = upright_size(picture)
+        size = bucket_of(width, height, sizes)  # before the draft, which rounds
+        side = 2 * max(map(max, sizes))  # both sides, as it may yet be turned
+        picture.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
+        return to_pixels(picture, [size])
+
+    return examine(file, pixels)
+
+
+def measure(file: Path | bytes) -> Size | str:
+    """(height, width) of an image file's first frame, upright, mostly from its header; or why it cannot be had."""
+    return examine(file, upright_size)
+
+
+def examine(file: Path | bytes, see: Callable[[Image.Image], T]) -> T | str:
+    """What `see` makes of the picture in a file, or in the bytes of one; or why it cannot be had."""
     try:
-        if not file.stat().st_size:
+        if not (len(file) if isinstance(file, bytes) else file.stat().st_size):
             return "empty file"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata and the like; but a bomb is an error already at the warning
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=formats()) as picture:
-                side = 2 * max(map(max, sizes))  # both sides, as it may yet be turned
-                picture.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
-                return to_pixels(picture, sizes)
+            with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats()) as picture:
+                return see(picture)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError):
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except Exception:  # decoders of broken files raise anything; one file must not end a run
         return "broken or unknown image"
+
+
+def upright_size(picture: Image.Image) -> Size:
+    """(height, width) of a picture once it is turned as its EXIF says."""
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return picture.size if turned else picture.size[::-1]
 
 
 def to_pixels(picture: Image.Image, sizes: Sequence[Size]) -> np.ndarray:
@@ -278,9 +303,11 @@ def fit(picture: Image.Image, size: Size) -> Image.Image:
     return white.convert("RGB")
 
 
-def held_out(names: list[str]) -> np.ndarray:
-    """bool [n]: about 2 % by a hash of the name, so that new files move no old one; one at least, none of a few."""
-    hashes = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") for name in names], np.uint64)
-    if len(names) < MIN_FOR_HELD_OUT:
-        return np.zeros(len(names), bool)
-    return hashes <= max(int(HELD_OUT_SHARE * 2**64), int(hashes.min()))
+def held_out(names: Sequence[str]) -> np.ndarray:
+    """bool [n]: about 2 % by a hash of the name; one at least, none of a few."""
+    return held_out_hashes(np.array(list(map(hash_of, names)), np.uint64))
+
+
+def held_out_hashes(hashes: np.ndarray) -> np.ndarray:
+    """The same of the names' hashes."""
+    return np.zeros(len(hashes), bool) if len(hashes) < MIN_FOR_HELD_OUT else lowest(hashes, HELD_OUT_SHARE)

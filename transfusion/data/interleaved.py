@@ -146,6 +146,10 @@ def split_documents(documents: list[list[Segment]], splits: list[str]) -> np.nda
     """[n] str: the splits given, and for "" one by a hash of the content, so that new documents move no old one."""
     split = np.array(splits, f"<U{max(map(len, SPLITS))}")
     free = np.flatnonzero(split == "")
-    said = [json.dumps([[type(s).__name__, *astuple(s)] for s in documents[i]]) for i in free]
-    split[free] = np.where(held_out(said), "held_out", "train")
+    split[free] = np.where(held_out([said(documents[i]) for i in free]), "held_out", "train")
     return split
+
+
+def said(document: list[Segment]) -> str:
+    """All that a document says, in one text: what its split is drawn by."""
+    return json.dumps([[type(s).__name__, *astuple(s)] for s in document])

@@ -1,7 +1,7 @@
 """JSON lines read with suspicion: each line comes back as an object, or as what is wrong with it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -12,6 +12,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict | str]]:
     except OSError:
         lines = []
         yield 0, "file that cannot be read"
+    yield from parse_lines(lines)
+
+
+def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, dict | str]]:
+    """The same of lines that come one by one."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -4,15 +4,17 @@ Held-out text never enters training: two whole works of Shakespeare; of a user's
 their words, so that two copies fall on the same side; of a handful of long documents the last 5 % of each.
 """
 
-import hashlib
 import lzma
 import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from transfusion.data.jsonl import read_jsonl
 from transfusion.data.report import Report
+from transfusion.data.split import hash_of, lowest
 
 SHAKESPEARE = Path(__file__).resolve().parent.parent / "assets" / "shakespeare.txt.xz"
 SUFFIXES = (".txt", ".jsonl")
@@ -110,10 +112,9 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     if len(documents) < HANDFUL and any(len(text) >= LONG for text in documents):
         ends = [end_of(text) for text in documents]
         return [t[:cut] for t, cut in zip(documents, ends)], [t[cut:] for t, cut in zip(documents, ends) if t[cut:]]
-    hashes = [int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") for t in documents]
-    limit = max(HELD_OUT_SHARE * 2**64, min(hashes))
-    train = [t for t, h in zip(documents, hashes) if h > limit]
-    held_out = [t for t, h in zip(documents, hashes) if h <= limit]
+    apart = lowest(np.array(list(map(hash_of, documents)), np.uint64), HELD_OUT_SHARE)
+    train = [t for t, out in zip(documents, apart) if not out]
+    held_out = [t for t, out in zip(documents, apart) if out]
     return (train, held_out) if train else (documents, [])
 
 

@@ -263,7 +263,8 @@ class Transfusion(nn.Module):
         head: Callable[[Tensor], Tensor] | None = None,  # in place of `self.output`, of states [M, D]
     ) -> tuple[Tensor, Tensor]:
         """(logits [M, V] or what `head` makes of the states instead, predictions [N, P])."""
-        h, skips = self.tok_embeddings(tokens), None  # [B, L, D]
+        # float32 as all that is added up over the depth, also where the weights were gathered in bf16 (parallel.py)
+        h, skips = self.tok_embeddings(tokens).float(), None  # [B, L, D]
         dtype = self.output.weight.dtype  # bfloat16 in an engine (precision.py); in training autocast chooses
         if len(z):
             grid = place.flatten(0, 1)[patch_at, 2:]
