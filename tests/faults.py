@@ -39,11 +39,11 @@ def fail():
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def faulty(model, micro, config, now, of_step):
+def faulty(model, micro, config, now, *more):
     at[0] = now
     if now == step:
         fail()
-    return compute(model, micro, config, now, of_step)
+    return compute(model, micro, config, now, *more)
 
 
 def poisoned(*inputs):

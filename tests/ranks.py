@@ -22,7 +22,9 @@ def launch(n: int, jobs: list[dict], folder: Path) -> None:
     file = folder / f"jobs-{n}.json"
     file.write_text(json.dumps(jobs, default=str))
     done = subprocess.run([*TORCHRUN, f"--nproc-per-node={n}", __file__, file], **quiet())
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, (
+        "\n".join(line for line in done.stderr.splitlines() if " ends: " in line) or done.stderr
+    )
 
 
 def quiet(**environment: str) -> dict:
@@ -42,7 +44,7 @@ def copy_run(source: Path, step: int, out: Path) -> None:
 def main() -> None:
     from transfusion.config import load_config
     from transfusion.loop import find_checkpoint
-    from transfusion.parallel import ParallelConfig, join, mesh_of
+    from transfusion.parallel import ParallelConfig, context_of, join, mesh_of
     from transfusion.run import RunConfig
     from transfusion.train import train_with
 
@@ -55,7 +57,8 @@ def main() -> None:
                 copy_run(Path(source), step, out)
             ranks.wait()
             mesh = mesh_of(config.parallel, ranks.size, "cpu")
-            train_with(replace(ranks, mesh=mesh), config, out, find_checkpoint(out, resume=True))
+            parts = replace(ranks, mesh=mesh, context=context_of(config.parallel, "cpu"))
+            train_with(parts, config, out, find_checkpoint(out, resume=True))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,27 @@ def test_every_batch_is_computed_once_and_each_interval_kept(tmp_path):
     records = read_records(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["loss"], r["skipped"]) for r in records] == [(s + 1, 10.0 * s, 0) for s in range(7)]
     assert all(r["images_per_second"] > 0 and r["lr"] == pytest.approx(0.1) for r in records)
+    assert all(0 <= r["data_wait"] < 1 and r["memory"] > 1e7 and "straggler" not in r for r in records)
+
+
+def test_what_batches_take_is_waited_for(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock.now)
+
+    def batches():
+        for step in range(7):
+            clock.now += 3
+            yield float(step)
+
+    def compute(step, batch):
+        clock.now += 1
+        model.weight.grad = torch.ones_like(model.weight)
+        return Step(model.weight.grad.norm(), {}, dict)
+
+    c, model = config(), nn.Linear(1, 1)
+    training = start(model, build_optimizers(model, c.optim), c)
+    run_steps(tmp_path, c, training, batches(), compute, lambda path: None)
+    assert {r["data_wait"] for r in read_records(tmp_path / "metrics.jsonl")} == {0.75}
 
 
 def test_samples_see_the_average_and_the_model_has_its_own_weights_after(tmp_path):

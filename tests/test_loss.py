@@ -165,7 +165,7 @@ def test_losses_are_those_of_a_forward_pass_written_out():
     noise = draw_noise(b, PAPER, 0, 0)
     seen = {}
     forward = model.forward
-    model.forward = lambda *a, head: seen.update(args=a, out=forward(*a)) or forward(*a, head=head)
+    model.forward = lambda *a, trunk, head: seen.update(args=a, out=forward(*a)) or forward(*a, head=head)
     lm, image = losses(model, b, noise, PAPER)
     alpha, sigma = (a[b.patch_image, None] for a in SCHEDULES["cosine"](noise.t))
     torch.testing.assert_close(seen["args"][3], alpha * b.patches + sigma * noise.eps)

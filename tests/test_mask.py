@@ -150,6 +150,19 @@ def test_sdpa_and_flex_attention_are_the_slow_softmax():
         torch.testing.assert_close(flex, slow, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # slow is fine here
+@pytest.mark.parametrize("queries", [slice(0, 64), slice(64, 128), slice(32, 48)])
+def test_a_mask_of_some_queries_is_its_part_of_the_whole(queries):
+    batch = packed(0, LAYOUT, seq_len=128)
+    layout, (q, k, v) = layout_of(batch), heads(batch)
+    part = dense_mask(*layout, queries=queries)
+    assert torch.equal(part, dense_mask(*layout)[:, :, queries])
+    sdpa = F.scaled_dot_product_attention(q[:, :, queries], k, v, part, enable_gqa=True)
+    tiles = block_mask(*layout, block=16, queries=queries)
+    flex = flex_attention(q[:, :, queries], k, v, block_mask=tiles, enable_gqa=True)
+    torch.testing.assert_close(flex, sdpa, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is no business of ours
 @pytest.mark.parametrize("seq_len", [128, 512])

@@ -75,7 +75,7 @@ def kept_for_backward(config, batch, mask_of) -> int:
 
     noise = loop.draw_noise(batch, config.diffusion, 0, 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        loop.losses(model, batch, noise, config.diffusion, 0.0, mask_of)
+        loop.losses(model, batch, noise, config.diffusion, mask_of=mask_of)
     total = sum(size for size, _ in kept.values())
     m, of_position = config.model, 0
     if config.train.checkpointing != "none":

@@ -61,6 +61,7 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
         4,
         [job(config, tmp_path / f"4 {name}", *RUNS[name]) for name in ("adamw", "muon", "few images")]
         + [job(config, tmp_path / "4 in 2 copies", "parallel.shards=2", *RUNS["muon"])]
+        + [job(config, tmp_path / "4, 2 a row", "parallel.context=2", *RUNS["own weights"])]
         + [job(config, tmp_path / "4 with an async save", "train.save_async=true")]
         + [job(config, tmp_path / "2 on 4", **{"from": [tmp_path / "2 adamw", 10]})],
         tmp_path,
@@ -74,10 +75,12 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"2 {name}")
     for name in ("adamw", "muon", "few images"):
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"4 {name}")
+    assert_alike(tmp_path / "1 own weights", tmp_path / "4, 2 a row")
     for name in ("1 in parts", "2 on 1", "2 on 2", "2 on 4", "4 with an async save"):
         assert_alike(tmp_path / "1 adamw", tmp_path / name)
     for name in ("4 in 2 copies", "1 on 2", "4 on 1"):
         assert_alike(tmp_path / "1 muon", tmp_path / name)
+    assert all(0 <= r["straggler"] < 1 for r in read_records(tmp_path / "4 adamw/metrics.jsonl"))
     assert [p.name for p in sorted((tmp_path / "4 with an async save/checkpoints").iterdir())] == [
         "step_00000010",
         "step_00000020",

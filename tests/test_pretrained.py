@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +15,15 @@ from test_codec_load import saved
 from test_documents import folder_of_images
 
 import transfusion
+from transfusion import export as exporting
 from transfusion import pretrained
 from transfusion.checkpoint import latest_checkpoint, read_state, save_checkpoint
+from transfusion.cli import main
+from transfusion.config import to_dict
 from transfusion.data.documents import DataConfig
 from transfusion.export import export
 from transfusion.metrics import MetricsConfig
-from transfusion.model.transformer import ModelConfig
+from transfusion.model.transformer import ModelConfig, build_model
 from transfusion.optim import OptimConfig
 from transfusion.pretrained import find, load
 from transfusion.run import RunConfig, SampleConfig, TrainConfig
@@ -199,3 +205,71 @@ def test_a_model_is_sampled_in_the_precision_asked_for_else_in_the_runs_own(run)
     assert np.abs(a - b).max() < 40 and np.abs(a - b).mean() < 6
     with pytest.raises(ValueError, match="choose one of"):
         load(run, "cpu", "fp8")
+
+
+# ---- the hub ----
+
+
+class Hub:
+    """What of the hub's client is called, with repositories as folders of this machine."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def HfApi(self):
+        return self
+
+    def snapshot_download(self, repo: str) -> str:
+        if not (self.root / repo).is_dir():
+            raise OSError(f"404: no {repo}\nmore of it")
+        return str(self.root / repo)
+
+    def create_repo(self, repo: str, exist_ok: bool) -> str:
+        (self.root / repo).mkdir(parents=True, exist_ok=exist_ok)
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path):
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+
+def test_a_model_that_is_pushed_to_the_hub_is_loaded_from_there(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "hub", lambda: Hub(tmp_path))
+    monkeypatch.setattr(exporting, "hub", lambda: Hub(tmp_path))
+    assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "fp32", "--push", "me/mine"]) == 0
+    assert "https://hub/me/mine" in capsys.readouterr().out
+    assert same(weights(load("hub:me/mine")), weights(load(run)))
+    with pytest.raises(ValueError, match=r"hub:me/other is not to be had: 404: no me/other$"):
+        load("hub:me/other")
+    monkeypatch.setattr(Hub, "upload_folder", lambda *a, **k: 1 / 0)
+    with pytest.raises(ValueError, match=r"is written, but me/mine does not take it .division by zero.: try `hf auth"):
+        exporting.push(tmp_path / "out", "me/mine")
+
+
+EXPORT = """
+import sys
+from pathlib import Path
+import torch.distributed.checkpoint
+from transfusion.export import export
+
+def most():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+before = most()
+export(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_export_takes_little_more_memory_than_the_model(run, tmp_path):
+    config = replace(find(run).config, model=replace(find(run).config.model, dim=1024, ffn_dim=4096, n_layers=2))
+    model = build_model(config.model)
+    size, big = sum(4 * p.numel() for p in model.parameters()), tmp_path / "big"
+    averages = [p.detach().clone() for p in model.parameters()]
+    state = {"config": to_dict(config)}
+    save_checkpoint(big / "checkpoints", 1, model=model, ema=averages, optimizers=[], state=state)
+    shutil.copyfile(run / "tokenizer.json", big / "tokenizer.json")
+    found = subprocess.run(
+        [sys.executable, "-c", EXPORT, big, tmp_path / "out", "bf16"], capture_output=True, text=True
+    )
+    assert size > 1e8 and int(found.stdout) < 1.2 * size, found.stderr

@@ -35,7 +35,7 @@ from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.weights import read_weights
 
-SPEEDS = ("images_per_second", "tokens_per_second")
+SPEEDS = ("images_per_second", "tokens_per_second", "data_wait", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,10 @@ def cut(config: RunConfig, run: Path, steps: list[int], monkeypatch):
 
     for at in steps:
 
-        def dying(model, micro, config, step, of_step, at=at):
+        def dying(model, micro, config, step, *more, at=at):
             if step == at:
                 raise Stop
-            return compute(model, micro, config, step, of_step)
+            return compute(model, micro, config, step, *more)
 
         monkeypatch.setattr(loop, "gradients", dying)
         with pytest.raises(Stop):

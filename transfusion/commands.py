@@ -20,19 +20,19 @@ from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
-from transfusion.export import DTYPES, export
+from transfusion.export import DTYPES, export, push
 from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
 from transfusion.parallel import leads
 from transfusion.plan import plan, plan_cluster
-from transfusion.pretrained import load
+from transfusion.pretrained import HUB, load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.train_codec import CodecRunConfig, data_of, train_codec
 
 DRAWING = ("steps", "guidance", "guidance_interval", "renormalise", "solver")
-RUN_HELP = "a run folder, a checkpoint, an exported folder, or pretrained:emoji"
+RUN_HELP = "a run folder, a checkpoint, an exported folder, hub:OWNER/NAME, or pretrained:emoji"
 CODEC_HELP = "pixels, a run of train-codec, a checkpoint, an exported folder, pretrained:emoji or diffusers:FOLDER"
 
 SAMPLING = {
@@ -172,6 +172,7 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     p.add_argument("out", type=Path, metavar="FOLDER")
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     p.add_argument("--license", default="other", help="of the weights, for the model card")
+    p.add_argument("--push", metavar="OWNER/NAME", help="put the folder on the Hugging Face hub too")
 
 
 def run_train(args):
@@ -268,7 +269,7 @@ def run_plan(args):
     if is_llama(config.init) or not (m.vocab_size and m.channels and factor):  # else the config says it all
         config = resolve(config, load_codec(config.data.codec))
     if args.gpus:
-        cluster = Cluster(args.gpus, config.parallel.shards, per_node=args.gpus_per_node)
+        cluster = Cluster(args.gpus, config.parallel.shards, config.parallel.context, args.gpus_per_node)
         text = plan_cluster(config, cluster, args.gpu, args.mfu, args.storage)
     else:
         text = plan(config)
@@ -284,7 +285,10 @@ def run_tokenize(args):
 
 
 def run_export(args):
-    print(export(args.model, args.out, args.dtype, args.license))
+    out = export(args.model, args.out, args.dtype, args.license)
+    print(out)
+    if args.push:
+        print(f'{push(out, args.push)}\ntry:  transfusion generate {HUB}{args.push} "a red heart"')
 
 
 def write_json(file: Path, numbers: dict[str, float]):

@@ -21,7 +21,7 @@ from transfusion.codec.load import find_codec, holds_codec
 from transfusion.config import from_dict, to_dict, to_toml
 from transfusion.model.lora import LoraConfig
 from transfusion.model.paths import is_adapter
-from transfusion.pretrained import CODEC, CONFIG, TOKENIZER, WEIGHTS, find
+from transfusion.pretrained import CODEC, CONFIG, TOKENIZER, WEIGHTS, find, hub
 from transfusion.run import RunConfig
 from transfusion.train_codec import CodecRunConfig
 from transfusion.weights import read_weights
@@ -118,6 +118,20 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
         )
         (folder / "README.md").write_text(text)
     return out
+
+
+def push(folder: Path, repo: str) -> str:
+    """Puts an exported folder on the Hugging Face hub, into the repository OWNER/NAME; returns its address."""
+    api = hub().HfApi()
+    try:
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except Exception as error:  # of the network or the hub: told in words, and the folder stays
+        raise ValueError(
+            f"{folder} is written, but {repo} does not take it ({str(error).splitlines()[0]}): try `hf auth login`, "
+            f"then `hf upload {repo} {folder}`"
+        ) from None
+    return str(url)
 
 
 def copy_codec(name: str, out: Path, license: str):

@@ -89,11 +89,13 @@ def run_steps(
     """
     c, t = config.train, training
     resolved, since = configs.to_dict(config), time.perf_counter()
-    bad_in_a_row, done, counts = 0, t.step, Counter()
+    bad_in_a_row, done, counts, waited = 0, t.step, Counter(), 0.0
     folder = Run(run, t.step, c.steps, resolved, config.metrics.wandb_project)
     metrics = config.metrics if ranks.leads else replace(config.metrics, sinks=())
     with open_metrics(metrics, folder) as log, stop_signals() as stopped:
+        asked = time.perf_counter()
         for step, batch in enumerate(batches, t.step):
+            waited += time.perf_counter() - asked
             ranks.alive()
             lr = set_lr(t.optimizers, step, c.steps, config.optim)
             finite, n, numbers = compute(step, batch)
@@ -112,9 +114,10 @@ def run_steps(
             if every(c.log_every, done) or last or bad_in_a_row:
                 seconds = time.perf_counter() - since
                 speeds = {f"{unit}_per_second": number / seconds for unit, number in counts.items()}
-                log(done, {**numbers(), "lr": lr, **speeds, "skipped": t.skipped})
+                state = {"lr": lr, **speeds, "skipped": t.skipped, **ranks.strain(waited, seconds)}
+                log(done, numbers() | state)
                 counts.clear()
-                since = time.perf_counter()
+                since, waited = time.perf_counter(), 0.0
             if bad_in_a_row >= c.max_bad_steps:
                 raise ValueError(
                     f"{bad_in_a_row} steps in a row without a finite gradient, the last of them step {step}: lower "
@@ -130,6 +133,7 @@ def run_steps(
             since += time.perf_counter() - paused  # sheets and checkpoints are no training
             if last:
                 break
+            asked = time.perf_counter()
     if done < c.steps:
         by = stopped[0] if stopped else "another rank's signal"
         print(f"stopped by {by} at step {done} of {c.steps}; --resume goes on from {t.saved}")

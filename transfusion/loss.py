@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transfusion.context import Context
 from transfusion.diffusion.objective import DiffusionConfig, add_noise, loss_weight, network_input, sample_t, target
 from transfusion.diffusion.schedule import SCHEDULES
 from transfusion.model.head import linear_cross_entropy
@@ -80,27 +81,32 @@ def losses(
     noise: Noise,
     config: DiffusionConfig,
     z_loss: float = 0.0,
+    context: Context | None = None,
     mask_of: Callable[[Batch, Transfusion], Mask | None] | None = None,
 ) -> Losses:
     """Summed losses of a batch; divide by `n_targets` and `n_images` of the whole step.
 
+    With a context, of this rank's part of the targets and images; the model runs as far as its part of the positions.
     The mask is found by `mask_of` in place of `row_mask` (a plan has one of a batch without numbers).
     """
-    z = noised(batch, noise, config)
+    z, L = noised(batch, noise, config), batch.tokens.shape[1]
+    part = slice(context.rank, None, context.size) if context else slice(None)
+    mask = mask_of(batch, model) if mask_of else row_mask(batch, model, context.mine(L) if context else None)
 
     def head(h: Tensor) -> Tensor:
-        return linear_cross_entropy(h, model.output.weight, batch.target, z_loss)
+        return linear_cross_entropy(h, model.output.weight, batch.target[part], z_loss)
 
     lm, prediction = model(
         batch.tokens,
         batch.place,
-        (mask_of or row_mask)(batch, model),
+        mask,
         z,
         noise.t,
         batch.patch_image,
         batch.grids,
         batch.patch_at,
-        batch.text_at,
+        batch.text_at[part],
+        trunk=context.trunk(model) if context else None,
         head=head,
     )
-    return Losses(lm, image_errors(prediction, batch, noise, config).sum())
+    return Losses(lm, image_errors(prediction, batch, noise, config)[part].sum())

@@ -114,7 +114,9 @@ def rehearse(config: RunConfig, batch: Batch, on: str = "cuda", scatter: bool = 
                 p.grad = torch.zeros_like(p)
         before = ledger.alive
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision != "fp32"):
-            found = losses(model, batch, noise, config.diffusion, config.train.z_loss, lambda batch, model: mask)
+            found = losses(
+                model, batch, noise, config.diffusion, config.train.z_loss, mask_of=lambda batch, model: mask
+            )
         head = model.output.weight
         head = head.numel() * head.element_size() if head.requires_grad else 0
         kept, casts = ledger.alive - before - head, ledger.casts

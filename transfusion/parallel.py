@@ -17,11 +17,13 @@ PyTorch FSDP: Zhao et al. 2023, arXiv 2304.11277.
 
 import faulthandler
 import os
+import resource
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 
@@ -30,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from transfusion.context import Context
 from transfusion.weights import weights
 
 CPU = torch.device("cpu")
@@ -41,13 +44,15 @@ class ParallelConfig:
     """How many ranks there are is torchrun's to say."""
 
     shards: int = 0  # ranks that a weight is spread over; 0 = all
+    context: int = 1  # ranks that share the positions of a row (context.py)
     timeout: float = 1800.0  # seconds that a step may take, or what comes between two, before all ranks give up
 
     def __post_init__(self):
-        if self.shards < 0 or self.timeout <= 0:
+        if self.shards < 0 or self.context < 1 or self.timeout <= 0:
             raise ValueError(
-                f"parallel.shards = {self.shards}, parallel.timeout = {self.timeout}: shards are a number of ranks, "
-                "0 for all of them, and the timeout is in seconds, above 0"
+                f"parallel.shards = {self.shards}, parallel.context = {self.context}, parallel.timeout = "
+                f"{self.timeout}: shards are a number of ranks, 0 for all of them, context is at least 1, and the "
+                "timeout is in seconds, above 0"
             )
 
 
@@ -59,13 +64,21 @@ class Ranks:
     size: int = 1
     device: torch.device = CPU
     mesh: DeviceMesh | None = None  # [copies, shards]
+    context: Context | None = None  # this rank among those that share its rows
     saving: dist.ProcessGroup | None = None  # on which checkpoints are agreed on, while training goes on
     timeout: float = 0.0
+    idle: list[float] = field(default_factory=lambda: [0.0])  # seconds that it has waited for the others' numbers
 
     @property
     def leads(self) -> bool:
         """Whether this is the rank that prints, logs and draws."""
         return self.rank == 0
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(which part of the step's rows this rank computes, how many there are)."""
+        share = self.context.size if self.context else 1
+        return self.rank // share, self.size // share
 
     @cached_property
     def shards(self) -> DeviceMesh:
@@ -83,8 +96,9 @@ class Ranks:
     def reduced(self, how: dist.ReduceOp, numbers: tuple[float, ...]) -> list[float]:
         if self.mesh is None:
             return list(numbers)
-        values = torch.tensor(numbers, dtype=torch.float64)
+        values, begun = torch.tensor(numbers, dtype=torch.float64), time.perf_counter()
         dist.all_reduce(values, how)
+        self.idle[0] += time.perf_counter() - begun
         return values.tolist()
 
     def add(self, tensor: Tensor) -> Tensor:
@@ -106,6 +120,18 @@ class Ranks:
         if self.leads:
             self.wait()
 
+    def strain(self, waited: float, seconds: float) -> dict[str, float]:
+        """What held up the last `seconds`, of which this rank `waited` for data, and what they took.
+
+        data_wait    share of the time that the rank which waited most waited for data
+        straggler    share of the time that the quickest rank waited for the slowest, beyond what that one waited
+        memory       bytes at most so far, of the rank that took most: of the GPU, or of the process
+        """
+        idle, self.idle[0] = self.idle[0], 0.0
+        waited, longest, shortest, memory = self.most(waited, idle, -idle, peak_memory(self.device))
+        found = {"data_wait": waited / seconds, "memory": memory}
+        return found if self.mesh is None else {**found, "straggler": (longest + shortest) / seconds}
+
     def alive(self):
         """To be called once a step: a process that has not for `timeout` seconds says where it stands, and ends."""
         if self.mesh is not None:
@@ -113,6 +139,14 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that this process has held at most: of the GPU's memory, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
 
 
 def leads() -> bool:
@@ -146,7 +180,7 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     try:
         mesh = mesh_of(config, size, on.type)
         saving = dist.new_group(backend="gloo", timeout=patience)
-        ranks = Ranks(rank, size, on, mesh, saving, config.timeout)
+        ranks = Ranks(rank, size, on, mesh, context_of(config, on.type), saving, config.timeout)
         ranks.alive()
         yield ranks
         ranks.wait()
@@ -183,6 +217,17 @@ def mesh_of(config: ParallelConfig, size: int, device: str) -> DeviceMesh:
     if size % shards:
         raise ValueError(f"parallel.shards = {shards} does not divide the {size} ranks: set it to a divisor, or to 0")
     return init_device_mesh(device, (size // shards, shards), mesh_dim_names=("copy", "shard"))
+
+
+def context_of(config: ParallelConfig, device: str) -> Context | None:
+    """This rank among those that share its rows, which are neighbours; None where each has rows of its own."""
+    size, n = dist.get_world_size(), config.context
+    if size % n:
+        raise ValueError(f"parallel.context = {n} does not divide the {size} ranks: set it to a divisor, or to 1")
+    if n == 1:
+        return None
+    mesh = init_device_mesh(device, (size // n, n), mesh_dim_names=("row", "context"))["context"]
+    return Context(mesh.get_local_rank(), n, mesh.get_group())
 
 
 # ---- what each holds ----

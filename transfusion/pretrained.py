@@ -1,8 +1,10 @@
-"""From a name to an engine: a run folder, a checkpoint, an exported folder, or a model that ships with the package.
+"""From a name to an engine: a run folder, a checkpoint, an exported folder, here or on the Hugging Face hub, or a model
+that ships with the package.
 
 runs/demo                                    the newest checkpoint's averaged weights
 runs/demo/checkpoints/step_00001000          those of that checkpoint
 exported/                                    model.safetensors + config.json + tokenizer.json, and codec/ if it has one
+hub:OWNER/NAME                               the same on the hub, as `transfusion export --push` puts it there
 pretrained:emoji                             an exported folder inside the package
 """
 
@@ -23,6 +25,7 @@ from transfusion.tokenizer import load_tokenizer
 from transfusion.weights import load_weights
 
 PRETRAINED = Path(__file__).parent / "assets" / "pretrained"
+HUB = "hub:"
 CONFIG, WEIGHTS, TOKENIZER, CODEC = "config.json", "model.safetensors", "tokenizer.json", "codec"
 
 
@@ -41,11 +44,14 @@ def find(name: str | Path) -> Trained:
         if not folder.is_dir():
             there = ", ".join(f"pretrained:{p.name}" for p in sorted(PRETRAINED.glob("*"))) or "none"
             raise ValueError(f"there is no {name}; shipped with this version: {there}")
+    elif str(name).startswith(HUB):
+        folder = fetched(str(name).removeprefix(HUB))
     else:
         folder = Path(name)
     if not folder.is_dir():
         raise ValueError(
-            f"there is no folder {folder}: name a run, a checkpoint, an exported folder or pretrained:NAME"
+            f"there is no folder {folder}: name a run, a checkpoint, an exported folder, hub:OWNER/NAME or "
+            "pretrained:NAME"
         )
     if (folder / CONFIG).is_file():
         try:
@@ -66,6 +72,23 @@ def find(name: str | Path) -> Trained:
         )
     config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
     return Trained(config, step, step.resolve().parents[1] / TOKENIZER)
+
+
+def hub():
+    """The client of the Hugging Face hub."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError("the hub needs its client: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
+def fetched(repo: str) -> Path:
+    """The folder of the hub's files of a repository, fetched unless they are here."""
+    try:
+        return Path(hub().snapshot_download(repo))
+    except Exception as error:  # of the network, of the hub, of a name that is none: all are told in words
+        raise ValueError(f"{HUB}{repo} is not to be had: {str(error).splitlines()[0]}") from None
 
 
 def load(name: str | Path, device: str = "auto", precision: str = "", compile: bool = False) -> Engine:

@@ -20,6 +20,7 @@ from transfusion import config as configs
 from transfusion.beginning import begin, prepare, same_tokens
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
+from transfusion.context import Context
 from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches
 from transfusion.data.report import Lost
@@ -59,6 +60,11 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     """Trains the run from the checkpoint `found`, or from its beginning."""
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
+    if config.train.seq_len % config.parallel.context:
+        raise ValueError(
+            f"train.seq_len = {config.train.seq_len} does not part among parallel.context = {config.parallel.context} "
+            "ranks: make it a multiple"
+        )
     if config.train.compile and config.train.checkpointing != "none" and device.type == "cpu":
         raise ValueError(
             f"train.compile = true, train.checkpointing = {config.train.checkpointing!r}: on a CPU attention stands "
@@ -98,7 +104,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     optimizers = build_optimizers(model, config.optim, muon)
     state = checkpoint.read_state(found) if found else {}
     since = (state["step"], state["data"]) if found else None
-    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.accumulate, ranks.rank, ranks.size, since)
+    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.accumulate, *ranks.rows, since)
     if found:
         same_tokens(run, run / TOKENIZER, tokenizer)
         config = match_steps(config, state)
@@ -123,8 +129,8 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     lost = Lost(run / "lost.txt", config.data.max_lost)
 
     def compute(step: int, micro: list[Batch]) -> Step:
-        of_step = Counts(*ranks.total(*counts(micro)))
-        lm, image, norm = gradients(model, micro, config, step, of_step)
+        of_step = over(ranks, counts(micro))
+        lm, image, norm = gradients(model, micro, config, step, of_step, ranks.context)
         lm, image = ranks.add(torch.stack([lm, image]))
         lost.found([name for batch in micro for name in batch.lost], int(of_step.lost))
 
@@ -196,8 +202,19 @@ def counts(micro: list[Batch]) -> Counts:
     return Counts(*map(sum, zip(*((b.n_targets, b.n_images, b.tokens.numel(), len(b.lost)) for b in micro))))
 
 
+def over(ranks: Ranks, of_one: Counts) -> Counts:
+    """Those of all ranks; rows that several share count once."""
+    share = ranks.context.size if ranks.context else 1
+    return Counts(*(n / share for n in ranks.total(*of_one)))
+
+
 def gradients(
-    model: Transfusion, micro: list[Batch], config: RunConfig, step: int, of_step: Counts | None = None
+    model: Transfusion,
+    micro: list[Batch],
+    config: RunConfig,
+    step: int,
+    of_step: Counts | None = None,
+    context: Context | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(LM loss sum, image loss sum, gradient norm) of these micro-batches; leaves the clipped gradients in the model.
 
@@ -212,7 +229,7 @@ def gradients(
         batch = batch.to(device)
         noise = draw_noise(batch, config.diffusion, config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.train.precision, device)):
-            lm, image = losses(model, batch, noise, config.diffusion, config.train.z_loss)
+            lm, image = losses(model, batch, noise, config.diffusion, config.train.z_loss, context)
         if of_step.images and not batch.grids:
             image = image + nothing_of(model)
         (lm / max(1, of_step.targets) + config.train.image_weight * image / max(1, of_step.images)).backward()
@@ -232,7 +249,7 @@ def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, confi
     for step in range(CALIBRATION_STEPS):
         start = time.perf_counter()
         micro = packer.batches(step)
-        gradients(model, micro, config, step, Counts(*ranks.total(*counts(micro))))[2].item()
+        gradients(model, micro, config, step, over(ranks, counts(micro)), ranks.context)[2].item()
         for optimizer in optimizers:
             optimizer.step()
         seconds.append(time.perf_counter() - start)

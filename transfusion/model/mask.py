@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # FlexAttention's tile
+ALL = slice(None)
 
 
 def allow(document_q, image_q, index_q, document_k, image_k, index_k, hidden_k, full: bool = True):
@@ -32,12 +33,13 @@ def allow(document_q, image_q, index_q, document_k, image_k, index_k, hidden_k, 
     return (document_q == document_k) & order & (same_image | ~hidden_k)
 
 
-def dense_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True) -> Tensor:
-    """Bool [B, 1, L, L] for SDPA, True = attend, of rows laid out as `document`, `image` and `hidden` [B, L]."""
+def dense_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True, queries: slice = ALL) -> Tensor:
+    """Bool [B, 1, Q, L] for SDPA, True = attend, of rows laid out as `document`, `image` and `hidden` [B, L]; Q are the
+    positions of `queries`."""
     index = torch.arange(document.shape[1], device=document.device)
-    q = (x[:, None, :, None] for x in (document, image))
+    q = (x[:, None, queries, None] for x in (document, image))
     k = (x[:, None, None] for x in (document, image))
-    return allow(*q, index[:, None], *k, index[None], hidden[:, None, None], full)
+    return allow(*q, index[queries, None], *k, index[None], hidden[:, None, None], full)
 
 
 def visible(document: Tensor, image: Tensor, full: bool = True) -> tuple[Tensor, Tensor]:
@@ -70,20 +72,25 @@ def pairs_seen(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tru
     return last + 1 - first - (before.gather(1, mates) - before.gather(1, first))
 
 
-def block_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = True, block: int = BLOCK) -> BlockMask:
-    """FlexAttention's mask of rows [B, L]: O((L / block)^2) work, L a multiple of `block`.
+def block_mask(
+    document: Tensor, image: Tensor, hidden: Tensor, full: bool = True, block: int = BLOCK, queries: slice = ALL
+) -> BlockMask:
+    """FlexAttention's mask of rows [B, L]: O((L / block)^2) work, L a multiple of `block`, and so are the ends of
+    `queries`.
 
     A tile of queries i and keys j holds an allowed pair iff first(i's first query) <= j's last key and
     last(i's last query) >= j's first key, and nothing but allowed pairs iff the same holds with the ends exchanged.
     A tile with hidden keys is never taken for one without exceptions: Flex looks at its pairs one by one.
     """
     B, L = document.shape
-    if L % block:
-        raise ValueError(f"seq_len = {L} is not a multiple of {block}, the tile of FlexAttention: round it up")
-    first, last = visible(document, image, full)
+    start, stop, _ = queries.indices(L)
+    for n, what in ((L, "seq_len"), (stop - start, "a rank's part of seq_len")):
+        if n % block:
+            raise ValueError(f"{what} = {n} is not a multiple of {block}, the tile of FlexAttention: round it up")
+    first, last = (x[:, queries] for x in visible(document, image, full))
     n = L // block
     begin = torch.arange(n, device=document.device) * block  # first key of each tile
-    tiles_first, tiles_last = first.view(B, n, block), last.view(B, n, block)
+    tiles_first, tiles_last = (x.unflatten(1, (-1, block)) for x in (first, last))
     some = (tiles_first[..., :1] < begin + block) & (tiles_last[..., -1:] >= begin)  # [B, n, n]
     every = (tiles_first[..., -1:] <= begin) & (tiles_last[..., :1] >= begin + block - 1)
     every &= ~hidden.view(B, 1, n, block).any(-1)
@@ -94,8 +101,9 @@ def block_mask(document: Tensor, image: Tensor, hidden: Tensor, full: bool = Tru
         return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
 
     def mask_mod(b, h, q, k):
+        q = q + start
         return allow(document[b, q], image[b, q], q, document[b, k], image[b, k], k, hidden[b, k], full)
 
     return BlockMask.from_kv_blocks(
-        *ordered(some & ~every), *ordered(every), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(L, L)
+        *ordered(some & ~every), *ordered(every), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(stop - start, L)
     )

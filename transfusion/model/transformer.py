@@ -352,10 +352,14 @@ def parameter_counts(model: Transfusion) -> Iterator[tuple[str, int]]:
         yield name, sum(p.numel() for m in of_part for p in m.parameters())
 
 
-def row_mask(batch: Batch, model: Transfusion) -> Mask:
-    """The mask of a batch: documents apart on a CPU, FlexAttention's tiles for compiled blocks on CUDA, else dense."""
+def row_mask(batch: Batch, model: Transfusion, queries: slice | None = None) -> Mask:
+    """The mask of a batch: documents apart on a CPU, FlexAttention's tiles for compiled blocks on CUDA, else dense.
+
+    `queries`: of these positions of each row alone.
+    """
     on = batch.tokens.device.type
-    build = varlen_mask if on == "cpu" else masks.dense_mask
+    build = varlen_mask if on == "cpu" and queries is None else masks.dense_mask
     if on == "cuda" and model.compiled:
         build = masks.block_mask  # only there: uncompiled, Flex would write out all scores, ten times slower
-    return build(batch.document, batch.image, batch.hidden, not model.config.causal_images)
+    some = {} if queries is None else {"queries": queries}
+    return build(batch.document, batch.image, batch.hidden, not model.config.causal_images, **some)
