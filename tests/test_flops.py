@@ -90,7 +90,9 @@ def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, fields, 
     assert copied == pytest.approx(copies(config), abs=0.15) and bool(copied) == bool(copies(config) * share)
     monkeypatch.setattr("transfusion.flops.count_images", lambda config: images)
     monkeypatch.setattr("transfusion.flops.copies", lambda config: copied)
-    monkeypatch.setattr("transfusion.loss.row_mask", lambda b, model: dense_mask(b.document, b.image, b.hidden))
+    monkeypatch.setattr(
+        "transfusion.loss.row_mask", lambda b, model, queries: dense_mask(b.document, b.image, b.hidden)
+    )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch counts no other of a CPU
         loop.gradients(model, batches, config, 0)
     operations = counter.get_flop_counts()["Global"]
