@@ -92,6 +92,9 @@ def test_the_command_plans_for_as_many_gpus_as_it_is_told(tmp_path, capsys):
     assert "2 x h200 at 50% MFU" in fsdp and "sum over replicas" not in fsdp
     assert main(["plan", str(config), *of_two, "parallel.shards=1"]) == 0
     assert "sum over replicas" in capsys.readouterr().out
+    assert main(["plan", str(config), *of_two, "parallel.context=2"]) == 0
+    shared = capsys.readouterr().out
+    assert "gather keys and values" in shared and "1 x 2 rows x 32 positions" in shared
 
 
 def test_every_block_of_the_scaling_page_is_what_its_command_prints(capsys, monkeypatch):
