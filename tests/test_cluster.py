@@ -1,8 +1,9 @@
 """Traffic on paper against collectives played through, rank by rank."""
 
 import pytest
+import torch
 
-from transfusion.cluster import GPUS, Cluster, Gpu, hidden_up_to, traffic
+from transfusion.cluster import GPUS, Cluster, Gpu, hidden_up_to, peak_flops, traffic
 
 GPU = Gpu(flops=1e15, memory=80e9, nvlink=400e9, network=40e9)
 
@@ -76,3 +77,11 @@ def test_a_cluster_that_cannot_be_is_refused(fields):
 def test_the_table_of_gpus_has_bytes_and_flops_a_second():
     for gpu in GPUS.values():
         assert 1e14 < gpu.flops < 1e16 and 1e10 < gpu.memory < 1e12 and gpu.network < gpu.nvlink < 1e12
+
+
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("T4", 0)]
+)
+def test_a_gpu_is_known_by_its_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak and peak_flops(torch.device("cpu")) == 0

@@ -77,9 +77,10 @@ def test_every_batch_is_computed_once_and_each_interval_kept(tmp_path):
     assert all(0 <= r["data_wait"] < 1 and r["memory"] > 1e7 and "straggler" not in r for r in records)
 
 
-def test_what_batches_take_is_waited_for(tmp_path, monkeypatch):
+def test_what_batches_take_is_waited_for_and_flops_are_a_share_of_the_peak(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1000.0)
 
     def batches():
         for step in range(7):
@@ -89,12 +90,13 @@ def test_what_batches_take_is_waited_for(tmp_path, monkeypatch):
     def compute(step, batch):
         clock.now += 1
         model.weight.grad = torch.ones_like(model.weight)
-        return Step(model.weight.grad.norm(), {}, dict)
+        return Step(model.weight.grad.norm(), {"flops": 2000}, dict)
 
     c, model = config(), nn.Linear(1, 1)
     training = start(model, build_optimizers(model, c.optim), c)
     run_steps(tmp_path, c, training, batches(), compute, lambda path: None)
     assert {r["data_wait"] for r in read_records(tmp_path / "metrics.jsonl")} == {0.75}
+    assert {r["mfu"] for r in read_records(tmp_path / "metrics.jsonl")} == {0.5}, "2000 in 4 s, of 1000 a second"
 
 
 def test_samples_see_the_average_and_the_model_has_its_own_weights_after(tmp_path):

@@ -35,7 +35,7 @@ from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.weights import read_weights
 
-SPEEDS = ("images_per_second", "tokens_per_second", "data_wait", "memory")
+SPEEDS = ("images_per_second", "tokens_per_second", "flops_per_second", "data_wait", "memory")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ network as far as their number in the node uses it, which is how rings run (NCCL
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -35,6 +37,14 @@ GPUS = {
     "h200": Gpu(989.5e12, 141e9, 450e9, 50e9),  # H200 SXM (2024): 1,979 TF sparse, 900 GB/s; DGX H200: 8 x 400 Gb/s
     "b200": Gpu(2250e12, 180e9, 900e9, 50e9),  # DGX B200 (2024), of 8: 36 PF sparse, 1,440 GB, 14.4 TB/s, 8 x 400 Gb/s
 }
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s of products in bf16 that the device is made for; 0 where GPUS does not know it."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device).lower()
+    return next((gpu.flops for key, gpu in GPUS.items() if key in name), 0.0)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from transfusion import checkpoint
 from transfusion import config as configs
+from transfusion.cluster import peak_flops
 from transfusion.metrics import Run, open_metrics
 from transfusion.optim import init_ema, set_lr, update_ema
 from transfusion.parallel import ALONE, Ranks
@@ -115,6 +116,9 @@ def run_steps(
                 seconds = time.perf_counter() - since
                 speeds = {f"{unit}_per_second": number / seconds for unit, number in counts.items()}
                 state = {"lr": lr, **speeds, "skipped": t.skipped, **ranks.strain(waited, seconds)}
+                peak = ranks.size * peak_flops(ranks.device)
+                if "flops" in counts and peak:
+                    state["mfu"] = counts["flops"] / seconds / peak
                 log(done, numbers() | state)
                 counts.clear()
                 since, waited = time.perf_counter(), 0.0

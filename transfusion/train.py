@@ -26,6 +26,7 @@ from transfusion.data.loader import Packer, load_batches
 from transfusion.data.report import Lost
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.editing import draw_last, edits, sheet_items
+from transfusion.flops import count_packed
 from transfusion.generate import Engine
 from transfusion.llama import is_llama
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
@@ -129,7 +130,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     lost = Lost(run / "lost.txt", config.data.max_lost)
 
     def compute(step: int, micro: list[Batch]) -> Step:
-        of_step = over(ranks, counts(micro))
+        of_step = over(ranks, counts(micro, count_packed(config, micro, padding=False)))
         lm, image, norm = gradients(model, micro, config, step, of_step, ranks.context)
         lm, image = ranks.add(torch.stack([lm, image]))
         lost.found([name for batch in micro for name in batch.lost], int(of_step.lost))
@@ -142,7 +143,8 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
                 "lost": lost.count,
             }
 
-        seen = {"tokens": of_step.positions} | ({"images": of_step.images} if of_step.images else {})
+        seen = {"tokens": of_step.positions, "flops": of_step.flops}
+        seen |= {"images": of_step.images} if of_step.images else {}
         return Step(norm + lm + image, seen, numbers)
 
     def sample(path: Path):
@@ -196,10 +198,12 @@ class Counts(NamedTuple):
     images: float  # to be learned
     positions: float
     lost: float  # documents
+    flops: float  # of what is learned from, padding left out; 0 = not counted
 
 
-def counts(micro: list[Batch]) -> Counts:
-    return Counts(*map(sum, zip(*((b.n_targets, b.n_images, b.tokens.numel(), len(b.lost)) for b in micro))))
+def counts(micro: list[Batch], flops: float = 0.0) -> Counts:
+    of_batches = ((b.n_targets, b.n_images, b.tokens.numel(), len(b.lost)) for b in micro)
+    return Counts(*map(sum, zip(*of_batches)), flops)
 
 
 def over(ranks: Ranks, of_one: Counts) -> Counts:
