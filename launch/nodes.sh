@@ -10,6 +10,8 @@ set -euo pipefail
 
 : "${NODES:?how many machines}" "${HEAD:?the address of one of them}"
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new meeting place after each restart: parallel.py says why
+
 exec torchrun \
   --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${ID:-transfusion}" \

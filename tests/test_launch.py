@@ -169,3 +169,9 @@ def test_skypilot_keeps_the_run_on_the_bucket_and_goes_on_where_a_machine_goes()
     assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0
     (mount,) = task["file_mounts"]
     assert f"out={mount}/" in task["run"] and task["envs"]["TRANSFUSION_CACHE"].startswith(mount)
+
+
+@pytest.mark.parametrize("recipe", ["nodes.sh", "slurm.sbatch", "jobset.yaml", "skypilot.yaml"])
+def test_ranks_of_several_machines_meet_anew_after_a_restart(recipe):
+    text = (LAUNCH / recipe).read_text()
+    assert re.search(r"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1|name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE", text)
