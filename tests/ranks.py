@@ -21,7 +21,7 @@ def launch(n: int, jobs: list[dict], folder: Path) -> None:
     """Lets n ranks do the jobs."""
     file = folder / f"jobs-{n}.json"
     file.write_text(json.dumps(jobs, default=str))
-    done = subprocess.run([*TORCHRUN, f"--nproc-per-node={n}", __file__, file], **quiet())
+    done = subprocess.run([*TORCHRUN, f"--nproc-per-node={n}", __file__, file], **quiet(), timeout=600)
     assert done.returncode == 0, (
         "\n".join(line for line in done.stderr.splitlines() if " ends: " in line) or done.stderr
     )

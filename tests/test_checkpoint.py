@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from transfusion import checkpoint
 from transfusion.checkpoint import (
     atomic_folder,
     differences,
@@ -18,6 +19,7 @@ from transfusion.checkpoint import (
     save_checkpoint,
 )
 from transfusion.optim import OptimConfig, build_optimizers, clip_gradients, init_ema, set_lr, update_ema
+from transfusion.shards import write_shards
 from transfusion.weights import load_weights, weights
 
 resource = pytest.importorskip("resource", reason="limits and kills need a Unix")
@@ -218,6 +220,19 @@ def test_damaged_weights_are_refused(tmp_path):
     (path / "__0_0.distcp").write_bytes(b"\xff" * size)
     with pytest.raises(ValueError, match=r"step_00000005 is damaged: rank 0: "):
         load_checkpoint(path, model=Toy())
+
+
+def test_parts_that_are_on_another_machine_are_missed_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def elsewhere(tensors, folder, group):
+        write_shards(tensors, folder, group)
+        (folder / "__0_0.distcp").unlink()
+
+    monkeypatch.setattr(checkpoint, "write_shards", elsewhere)
+    with pytest.raises(OSError, match=r"lacks __0_0.distcp: is the run's folder one that all ranks share"):
+        save(tmp_path, 2)
+    assert step_names(tmp_path) == ["step_00000001"]
 
 
 def test_differences_name_changed_added_and_removed_fields():

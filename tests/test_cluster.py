@@ -80,7 +80,8 @@ def test_the_table_of_gpus_has_bytes_and_flops_a_second():
 
 
 @pytest.mark.parametrize(
-    "name, peak", [("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("T4", 0)]
+    "name, peak",
+    [("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("T4", 0), ("NVIDIA H100 PCIe", 0)],
 )
 def test_a_gpu_is_known_by_its_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -1,5 +1,7 @@
 """Any number of ranks trains as one does, by trainings on a CPU with gloo."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -85,6 +87,26 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
         "step_00000010",
         "step_00000020",
     ]
+
+
+def test_ranks_of_which_one_has_but_a_given_image_add_up_the_same_gradients(config, tmp_path):
+    pictures = config.parent / "pictures"
+    stories = tmp_path / "stories"
+    stories.mkdir()
+    shutil.copyfile(next(pictures.glob("*.png")), stories / "a.png")
+    long = " ".join(["word"] * 40)
+    lines = [{"segments": [{"image": "a.png", "learn": False}, long], "split": "train"}]
+    lines += [{"segments": [f"{long} {i}"], "split": "train"} for i in range(3)]
+    (stories / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ["data.images=", f"data.documents={stories}", "data.image_share=1", "data.text=", "train.rows=2"]
+    train(load_config(RunConfig, config, [*SHORT, *given]), tmp_path / "1 given")
+    launch(2, [job(config, tmp_path / "2 given", *given)], tmp_path)
+    assert_alike(tmp_path / "1 given", tmp_path / "2 given")
+
+
+def test_what_is_for_several_ranks_is_refused_by_one(config, tmp_path):
+    with pytest.raises(ValueError, match=r"parallel\.context = 2 are for several ranks"):
+        train(load_config(RunConfig, config, [*SHORT, "parallel.context=2"]), tmp_path)
 
 
 def test_a_process_alone_has_no_ranks_to_wait_for():

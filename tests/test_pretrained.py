@@ -240,6 +240,9 @@ def test_a_model_that_is_pushed_to_the_hub_is_loaded_from_there(run, tmp_path, m
     assert same(weights(load("hub:me/mine")), weights(load(run)))
     with pytest.raises(ValueError, match=r"hub:me/other is not to be had: 404: no me/other$"):
         load("hub:me/other")
+    shutil.copytree(run, tmp_path / "me/run")
+    with pytest.raises(ValueError, match=r"hub:me/run has no config.json"):
+        load("hub:me/run")  # a checkpoint's metadata is a pickle
     monkeypatch.setattr(Hub, "upload_folder", lambda *a, **k: 1 / 0)
     with pytest.raises(ValueError, match=r"is written, but me/mine does not take it .division by zero.: try `hf auth"):
         exporting.push(tmp_path / "out", "me/mine")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from transfusion.shards import Kind, agree, kinds, leads, read_shards, staged, write_shards
+from transfusion.shards import Kind, agree, kinds, leads, missing, read_shards, staged, write_shards
 from transfusion.weights import EMA, MODEL, fit, open_weights, trained_names, weights
 
 OPTIMIZER, STATE = "optimizer.", "state.json"
@@ -75,18 +75,22 @@ def write(
     tensors: dict[str, Tensor], final: Path, record: dict, keep: int, every: int, group: ProcessGroup | None
 ) -> Path:
     """`final`, once it is there; on all ranks an OSError where one of them cannot write."""
-    folder, problem = final.parent, ""
+    folder, tmp, stack, problem = final.parent, temporary(final), ExitStack(), ""
     try:
-        with ExitStack() as stack:
-            if leads():
-                folder.mkdir(parents=True, exist_ok=True)
-                for stale in folder.glob(".tmp-*step_*"):
-                    shutil.rmtree(stale)
-                stack.enter_context(atomic_folder(final))
-            agree("", group)  # nobody writes before the folder is there
-            tmp = temporary(final)
+        if leads():
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob(".tmp-*step_*"):
+                shutil.rmtree(stale)
+            stack.enter_context(atomic_folder(final))
+    except OSError as error:
+        problem = str(error)
+    agree(problem, group)  # nobody writes before the folder is there
+    try:
+        with stack:
             write_shards(tensors, tmp, group)
             if leads():
+                if lacking := missing(tmp):
+                    raise OSError(f"{final} lacks {', '.join(lacking)}: is the run's folder one that all ranks share?")
                 sizes = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
                 (tmp / STATE).write_text(json.dumps({**record, "files": sizes}, indent=1) + "\n")
         if leads():

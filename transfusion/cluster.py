@@ -44,6 +44,8 @@ def peak_flops(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device).lower()
+    if "pcie" in name or "nvl" in name:  # slower ones of the same name
+        return 0.0
     return next((gpu.flops for key, gpu in GPUS.items() if key in name), 0.0)
 
 

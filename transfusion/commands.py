@@ -228,6 +228,8 @@ def run_train(args):
 
 
 def run_train_codec(args):
+    if "RANK" in os.environ:
+        raise ValueError("a codec trains in one process: start it without torchrun")
     config = load_config(CodecRunConfig, args.config, args.overrides)
     run = Path(config.out or Path("runs") / Path(args.config).stem)
     print(f"run folder: {run}")

@@ -8,9 +8,9 @@ interrupted (on a CPU), with no random state to save.
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +93,7 @@ def run_steps(
     bad_in_a_row, done, counts, waited = 0, t.step, Counter(), 0.0
     folder = Run(run, t.step, c.steps, resolved, config.metrics.wandb_project)
     metrics = config.metrics if ranks.leads else replace(config.metrics, sinks=())
-    with open_metrics(metrics, folder) as log, stop_signals() as stopped:
+    with open_metrics(metrics, folder) as log, stop_signals(ranks.mesh is not None) as stopped, settled(t):
         asked = time.perf_counter()
         for step, batch in enumerate(batches, t.step):
             waited += time.perf_counter() - asked
@@ -110,8 +110,8 @@ def run_steps(
                 t.skipped, bad_in_a_row = t.skipped + 1, bad_in_a_row + 1
             done = t.step = step + 1
             counts.update(n)
-            stop = ranks.most(bool(stopped)) == [1]
-            last = done == c.steps or stop
+            stop, writing = ranks.most(bool(stopped), bool(t.saving and not t.saving.done()))
+            last = done == c.steps or bool(stop)
             if every(c.log_every, done) or last or bad_in_a_row:
                 seconds = time.perf_counter() - since
                 speeds = {f"{unit}_per_second": number / seconds for unit, number in counts.items()}
@@ -132,7 +132,7 @@ def run_steps(
                 sample(run / "samples" / f"step_{done:08d}.png")
             if every(c.save_every, done) or last:
                 save(run, t, {**beside(done), "config": resolved}, c, ranks)
-            if t.saving and (last or t.saving.done()):
+            if not writing or last:  # on all ranks at once, so that all say what kept it from being written
                 settle(t)
             since += time.perf_counter() - paused  # sheets and checkpoints are no training
             if last:
@@ -163,15 +163,32 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+@contextmanager
+def settled(training: Training) -> Iterator[None]:
+    """Where all ranks end with the same error, the checkpoint that is being written is not abandoned."""
+    try:
+        yield
+    except ValueError:
+        settle(training)
+        raise
+
+
 class stop_signals(AbstractContextManager):
-    """Inside: SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) fill the list instead of killing; a second one kills."""
+    """Inside: SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) fill the list instead of killing; a second one kills.
+
+    Not so with `patience`: a scheduler may tell the ranks, and torchrun tells them again, and has a limit of its own.
+    """
+
+    def __init__(self, patience: bool = False):
+        self.patience = patience
 
     def __enter__(self) -> list[str]:
         received: list[str] = []
 
         def receive(number, frame):
             received.append(signal.Signals(number).name)
-            signal.signal(number, self.before[number])
+            if not self.patience:
+                signal.signal(number, self.before[number])
 
         self.before = {s: signal.signal(s, receive) for s in STOPS}
         return received

@@ -124,7 +124,8 @@ class Ranks:
         """What held up the last `seconds`, of which this rank `waited` for data, and what they took.
 
         data_wait    share of the time that the rank which waited most waited for data
-        straggler    share of the time that the quickest rank waited for the slowest, beyond what that one waited
+        straggler    share of the time that the quickest process waited for the slowest, beyond what that one waited;
+                     a GPU that computes slowly holds the others up in collectives of their own, which this is blind to
         memory       bytes at most so far, of the rank that took most: of the GPU, or of the process
         """
         idle, self.idle[0] = self.idle[0], 0.0
@@ -154,11 +155,6 @@ def leads() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started the ranks again, after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 @contextmanager
 def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, this one among them; without torchrun this process alone.
@@ -166,10 +162,18 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     ValueError where shards do not divide them.
     """
     if "RANK" not in os.environ:
+        if config.shards or config.context > 1:
+            raise ValueError(
+                f"parallel.shards = {config.shards}, parallel.context = {config.context} are for several ranks, and "
+                "this is one process: start it by torchrun, or leave them out"
+            )
         yield Ranks(device=torch.device(device))
         return
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    on, cuda = torch.device(device), device == "cuda"
+    on = torch.device(device)
+    cuda = on.type == "cuda"
+    if on.type not in ("cpu", "cuda") or on.index is not None:
+        raise ValueError(f"device = {device!r}: each rank takes a GPU of its own, or all the CPU: say cuda, or cpu")
     if cuda:
         on = torch.device("cuda", local)
         torch.cuda.set_device(on)
@@ -207,6 +211,8 @@ def leave(rank: int, error: BaseException):
     """Ends this process at once: to wait for others, which may be gone, could take for ever. They notice."""
     if not isinstance(error, ValueError | OSError):  # those say all there is to say
         traceback.print_exception(error)
+    if sys.stdout:  # what the ranks that do not lead print goes nowhere
+        sys.stdout.flush()
     print(f"rank {rank} ends: {error}", file=sys.stderr, flush=True)
     os._exit(2 if isinstance(error, ValueError | OSError) else 1)
 
@@ -306,6 +312,7 @@ class Muon:
             if self.owner[i] == self.rank
         }
         self.inner = torch.optim.Muon([{"params": list(self.owned.values())}], lr, weight_decay, **options)
+        self.inner.param_groups[0].setdefault("param_names", [])  # a rank may own nothing
         self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
 
     @property

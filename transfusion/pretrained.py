@@ -65,6 +65,8 @@ def find(name: str | Path) -> Trained:
             kind = DIFFUSERS if config.data.codec.startswith(DIFFUSERS) else ""
             config = replace(config, data=replace(config.data, codec=f"{kind}{folder / CODEC}"))
         return Trained(config, folder / WEIGHTS, folder / TOKENIZER)
+    if str(name).startswith(HUB):  # checkpoints are read by pickle: only exported folders come from strangers
+        raise ValueError(f"{name} has no {CONFIG}: it is no model that `transfusion export --push` put there")
     step = checkpoint.newest(folder)
     if step is None:
         raise ValueError(

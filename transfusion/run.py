@@ -119,6 +119,11 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
+        if self.train.seq_len % self.parallel.context:
+            raise ValueError(
+                f"train.seq_len = {self.train.seq_len} does not part among parallel.context = {self.parallel.context} "
+                "ranks: make it a multiple"
+            )
         if self.model.lora.r:
             # patches go through the text path's matrices where they have no own
             wanted = {"text", *self.model.lora.paths}

@@ -53,6 +53,14 @@ def kinds(folder: Path) -> dict[str, Kind]:
     return {name: Kind(tuple(x.size), x.properties.dtype) for name, x in stored.items()}
 
 
+def missing(folder: Path) -> list[str]:
+    """The files that should be there and are not."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    parts = FileSystemReader(folder).read_metadata().storage_data.values()
+    return sorted({part.relative_path for part in parts if not (folder / part.relative_path).is_file()})
+
+
 def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies in the host's memory, sharded as they are, which may be written while training goes on."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions

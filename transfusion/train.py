@@ -35,7 +35,7 @@ from transfusion.model.float8 import use_float8
 from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, trained
-from transfusion.parallel import Muon, Ranks, gather, is_restarted, join, scatter, shard
+from transfusion.parallel import Muon, Ranks, gather, join, scatter, shard
 from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import RunConfig, format_of, pick_device, same_codec, uses_bf16, uses_float8
 from transfusion.sequence import Batch
@@ -50,10 +50,13 @@ SAMPLED = 12  # captions on a sample sheet
 def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
     """Trains the run to its last step, or to a signal, and returns its newest checkpoint.
 
-    Under torchrun all ranks call it; one that torchrun has started again goes on from where the run was.
+    Under torchrun all ranks call it.
     """
-    found = find_checkpoint(run, resume or is_restarted())
     with join(config.parallel, pick_device(config.device)) as ranks:
+        found = find_checkpoint(run, resume)
+        step = checkpoint.step_of(found) if found else -1
+        if ranks.most(step, -step) != [step, -step]:
+            raise ValueError(f"the ranks see different checkpoints in {run}, this one {found}: is it a shared folder?")
         return train_with(ranks, config, run, found)
 
 
@@ -61,11 +64,6 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     """Trains the run from the checkpoint `found`, or from its beginning."""
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
-    if config.train.seq_len % config.parallel.context:
-        raise ValueError(
-            f"train.seq_len = {config.train.seq_len} does not part among parallel.context = {config.parallel.context} "
-            "ranks: make it a multiple"
-        )
     if config.train.compile and config.train.checkpointing != "none" and device.type == "cpu":
         raise ValueError(
             f"train.compile = true, train.checkpointing = {config.train.checkpointing!r}: on a CPU attention stands "
@@ -77,6 +75,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     same_codec(codec, config.data)
     with ranks.lead_first():  # it encodes images, the others find them encoded
         corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
+    ranks.alive()
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
@@ -121,10 +120,12 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
             with redirect_stdout(None):  # it has said what there is to say
                 fresh(model, config, tokenizer, ranks)
         training = start(model, optimizers, config)
+    ranks.alive()
     if ranks.leads:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(configs.to_toml(config))
-        tokenizer.save(run / TOKENIZER)
+        if not found:  # else it is there, and others may be reading it
+            tokenizer.save(run / TOKENIZER)
         (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
     lost = Lost(run / "lost.txt", config.data.max_lost)
@@ -133,7 +134,8 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
         of_step = over(ranks, counts(micro, count_packed(config, micro, padding=False)))
         lm, image, norm = gradients(model, micro, config, step, of_step, ranks.context)
         lm, image = ranks.add(torch.stack([lm, image]))
-        lost.found([name for batch in micro for name in batch.lost], int(of_step.lost))
+        own = ranks.context is None or ranks.context.rank == 0  # of those that share rows, one tells
+        lost.found([name for batch in micro for name in batch.lost if own], int(of_step.lost))
 
         def numbers() -> dict[str, float]:
             return {
@@ -196,13 +198,14 @@ class Counts(NamedTuple):
 
     targets: float  # of the text
     images: float  # to be learned
+    grids: float  # images, given ones too
     positions: float
     lost: float  # documents
     flops: float  # of what is learned from, padding left out; 0 = not counted
 
 
 def counts(micro: list[Batch], flops: float = 0.0) -> Counts:
-    of_batches = ((b.n_targets, b.n_images, b.tokens.numel(), len(b.lost)) for b in micro)
+    of_batches = ((b.n_targets, b.n_images, len(b.grids), b.tokens.numel(), len(b.lost)) for b in micro)
     return Counts(*map(sum, zip(*of_batches)), flops)
 
 
@@ -234,7 +237,7 @@ def gradients(
         noise = draw_noise(batch, config.diffusion, config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.train.precision, device)):
             lm, image = losses(model, batch, noise, config.diffusion, config.train.z_loss, context)
-        if of_step.images and not batch.grids:
+        if of_step.grids and not batch.grids:
             image = image + nothing_of(model)
         (lm / max(1, of_step.targets) + config.train.image_weight * image / max(1, of_step.images)).backward()
         lm_sum, image_sum = lm_sum + lm.detach(), image_sum + image.detach()

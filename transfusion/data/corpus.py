@@ -191,6 +191,11 @@ def spread(n: int) -> list[int]:
 def measured(found: list[np.ndarray | str], codec: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of each channel over the latents that could be read; ValueError where one never changes."""
     latents = [x for x in found if not isinstance(x, str)]
+    if lost := [x for x in found if isinstance(x, str)]:  # or each rank might leave out others
+        raise ValueError(
+            f"{len(lost)} of {len(found)} latents that are to tell mean and deviation cannot be read ({lost[0]}): mend "
+            "that, or give data.latent_mean and data.latent_std"
+        )
     if not latents:
         return (0.0,) * codec.channels, (1.0,) * codec.channels
     mean, std = latent_cache.statistics(latents)

@@ -26,7 +26,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         h_, w = h.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=h.device)
         grad_h = torch.empty_like(h_) if of_h else None
-        grad_w = torch.zeros_like(weight) if of_weight else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None  # a sum over chunks
         n = max(1, LOGITS // len(w))
         with torch.autocast(h.device.type, enabled=False):
             for at in range(0, len(h), n):
@@ -43,7 +43,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_h[rows] = grad @ w
                 if of_weight:
                     grad_w += grad.T @ h_[rows]
-        ctx.dtype, ctx.found = h.dtype, (grad_h, grad_w)
+        ctx.dtype, ctx.found = h.dtype, (grad_h, None if grad_w is None else grad_w.to(weight.dtype))
         return loss
 
     @staticmethod
