@@ -94,7 +94,8 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     seconds, kept = flops / (mfu * g.flops), memory[MODES[0]]
     steps = c.steps or float("nan")
     texts, drawn = steps * c.rows * c.seq_len * (1 - config.data.image_share), steps * count_images(config)
-    token, image = (2 if m.vocab_size <= 1 << 16 else 4), 4 * m.patch_dim * math.prod(grid_of(config))
+    numbers_of_image = math.prod(grid_of(config)) * (1 if m.patches == "codes" else m.patch_dim)
+    token, image = (2 if m.vocab_size <= 1 << 16 else 4), 4 * numbers_of_image  # latents or codes, as `encoded.py` has
     return Scaled(
         memory=memory,
         fits=[mode for mode in MODES if sum(memory[mode].values()) <= FITS * g.memory],
