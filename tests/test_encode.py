@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from shard_files import picture, tree, write_tar
 from tiny_run import write_documents
 
 from transfusion.codec.codec import PIXELS, Codec
+from transfusion.data import built as built_module
 from transfusion.data import encode, encoded
 from transfusion.data.build import build
 from transfusion.data.built import load_built_images
 from transfusion.data.encode import encode_built, every_image
 from transfusion.data.encoded import BROKEN, load_latents
+from transfusion.data.storage import UNREADABLE
 from transfusion.tokenizer import load_tokenizer
 
 SIZES = ((16, 16), (16, 24))
@@ -125,3 +128,27 @@ def test_text_has_nothing_to_encode(tmp_path):
     build("text", [str(tmp_path / "a.txt")], tmp_path / "built")
     with pytest.raises(ValueError, match="holds text, which has no images"):
         encode_built(tmp_path / "built", CODEC, SIZES)
+
+
+def test_what_could_not_be_read_for_a_moment_is_encoded_by_the_next_call(built, tmp_path, monkeypatch):
+    whole = tree(encode_built(built, CODEC, SIZES))
+    folder, calls = encode_built(built, replace(CODEC, key="2"), SIZES), []
+    shutil.rmtree(folder)
+    reads = built_module.read_spans
+
+    def fails_once(spans):
+        calls.append(spans)
+        return [UNREADABLE] * len(spans) if len(calls) == 1 else reads(spans)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(built_module, "read_spans", fails_once)
+        with pytest.raises(ValueError, match=r"^[1-5] images of .* could not be read .*: see that .* call this again"):
+            encode_built(built, replace(CODEC, key="2"), SIZES)
+    assert len(list(folder.glob("0*.json"))) == 4 and not (folder / "latents.json").exists()
+    assert tree(encode_built(built, replace(CODEC, key="2"), SIZES)) == whole
+
+
+def test_a_folder_whose_tar_is_gone_is_not_encoded(built, tmp_path):
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(ValueError, match="is gone or has changed: build the data anew"):
+        encode_built(built, CODEC, SIZES)

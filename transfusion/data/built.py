@@ -28,6 +28,7 @@ from transfusion.data.storage import Span, has_size, is_remote, read_spans
 from transfusion.tokenizer import Tokenizer
 
 FORMAT = 1
+CHANGED = "bytes that have changed since it was built"
 SCANNED = 1 << 20  # images whose records are looked at together
 
 
@@ -35,15 +36,16 @@ def is_built(path: str | Path) -> bool:
     return (Path(path).expanduser() / DATASET).is_file()
 
 
-def read_dataset(path: str | Path, kind: str, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
-    """(folder, its dataset.json); ValueError where it is not what was asked for, or a tar of it is gone or changed."""
+def read_dataset(path: str | Path, kind: str = "", tokenizer: Tokenizer | None = None) -> tuple[Path, dict[str, Any]]:
+    """(folder, its dataset.json); ValueError where it is not what was asked for (any kind and tokenizer by default), or
+    where a tar of it is gone or changed."""
     folder = Path(path).expanduser().absolute()
     dataset = json.loads((folder / DATASET).read_text())
     if dataset["format"] != FORMAT:
         raise ValueError(f"{folder} has format {dataset['format']}, and {FORMAT} is read: build it anew")
-    if dataset["kind"] != kind:
+    if kind and dataset["kind"] != kind:
         raise ValueError(f"{folder} holds {dataset['kind']}: name it as data.{dataset['kind']}, not as data.{kind}")
-    if dataset["tokenizer"] != tokenizer.key:
+    if tokenizer and dataset["tokenizer"] != tokenizer.key:
         raise ValueError(
             f"{folder} was built with another tokenizer: build it with --tokenizer FILE, the one of data.tokenizer"
         )
@@ -125,7 +127,7 @@ class TarImages(Sequence):
     def pixels(self, data: bytes | str, crc: int) -> np.ndarray | str:
         if isinstance(data, str):
             return data
-        return decode(data, self.sizes) if zlib.crc32(data) == crc else "bytes that have changed since it was built"
+        return decode(data, self.sizes) if zlib.crc32(data) == crc else CHANGED
 
     def url(self, record: np.void) -> str:
         url = self.tars[record["tar"]]

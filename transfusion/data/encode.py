@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from transfusion.codec.codec import Codec
-from transfusion.data.built import Rows, TarImages
+from transfusion.data.built import CHANGED, Rows, TarImages, read_dataset
 from transfusion.data.encoded import BLOCK, WHOLE, Kept, kept_at
 from transfusion.data.images import Size
-from transfusion.data.mapped import DATASET, Mapped
+from transfusion.data.mapped import Mapped
+from transfusion.data.storage import SHORT, UNREADABLE
 
 BATCH = 32  # images that are decoded and encoded together
 
 
 def every_image(folder: str | Path, sizes: Sequence[Size]) -> TarImages:
-    """All images of a built folder; ValueError where it has none."""
-    folder = Path(folder).expanduser().absolute()
-    dataset = json.loads((folder / DATASET).read_text())
+    """All images of a built folder; ValueError where it has none, or where a tar of it is gone or has changed."""
+    folder, dataset = read_dataset(folder)
     if "tars" not in dataset:
         raise ValueError(f"{folder} holds {dataset['kind']}, which has no images: encode none of it")
     records = Mapped(folder / "images.npy")
@@ -31,7 +31,9 @@ def every_image(folder: str | Path, sizes: Sequence[Size]) -> TarImages:
 
 
 def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes: bool = False) -> Path:
-    """The folder of the latents of a built folder, or of their `codes`; those that are missing are encoded now."""
+    """The folder of the latents of a built folder, or of their `codes`; those that are missing are encoded now.
+
+    ValueError where files could not be read: their blocks are not kept, and the next call encodes them."""
     if not codec.key:
         raise ValueError(
             f"{codec.name} encodes as fast as latents are read: name another data.codec, or encode nothing"
@@ -44,13 +46,20 @@ def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes:
     shapes = latent_shapes(images, kept, codec)
     starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])
     save(kept.folder / "starts.npy", lambda file: np.save(file, starts))
-    broken = []
+    broken, unread = [], []
     for b in range(-(-len(images) // BLOCK)):
         numbers, name = np.arange(b * BLOCK, min((b + 1) * BLOCK, len(images))), kept.folder / f"{b:06}"
         if not name.with_suffix(".json").is_file():
-            encode_block(images, numbers, shapes, starts, kept, codec, name)
+            if failed := encode_block(images, numbers, shapes, starts, kept, codec, name):
+                unread += failed
+                continue
         broken += json.loads(name.with_suffix(".json").read_text())
         print(f"encoded {numbers[-1] + 1} of {len(images)} images, {len(broken)} of them broken", flush=True)
+    if unread:
+        raise ValueError(
+            f"{len(unread)} images of {images.folder} could not be read (image {unread[0][0]}: {unread[0][1]}): see "
+            "that their tars can be, and call this again; what could be read is kept"
+        )
     found = {"codec": codec.name, "codes": codes, "images": len(images), "broken": broken}
     save(kept.folder / WHOLE, lambda file: file.write(json.dumps(found, indent=1).encode()))
     return kept.folder
@@ -65,8 +74,8 @@ def latent_shapes(images: TarImages, kept: Kept, codec: Codec) -> np.ndarray:
 
 def encode_block(
     images: TarImages, numbers: np.ndarray, shapes: np.ndarray, starts: np.ndarray, kept: Kept, codec: Codec, name: Path
-):
-    """Writes the .bin and the .json of these images."""
+) -> list[list]:
+    """Writes the .bin and the .json of these images; or neither, and [number, why] of each that could not be read."""
     first = int(starts[numbers[0]])
     block = np.full(int(starts[numbers[-1] + 1]) - first, kept.missing, kept.dtype)
     broken = []
@@ -78,8 +87,12 @@ def encode_block(
         latents = codec.encode(np.stack([pixels for pixels in found if not isinstance(pixels, str)]))
         for i, one in zip(good, codec.quantize(latents) if kept.codes else latents):
             block[starts[i] - first : starts[i + 1] - first] = one.ravel()
+    unread = [[i, why] for i, why in sorted(broken) if why.startswith((UNREADABLE, SHORT, CHANGED))]
+    if unread:  # what a store did not give is asked for again, what does not decode never will
+        return unread
     save(name.with_suffix(".bin"), lambda file: file.write(block.tobytes()))
     save(name.with_suffix(".json"), lambda file: file.write(json.dumps(sorted(broken)).encode()))
+    return []
 
 
 def batches(numbers: np.ndarray, shapes: np.ndarray) -> Iterator[np.ndarray]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 UNREADABLE = "file that cannot be read"
+SHORT = "file that ends too early"
 
 
 class Span(NamedTuple):
@@ -131,4 +132,4 @@ def read_spans(spans: Sequence[Span]) -> list[bytes | str]:
 
 
 def whole(data: bytes, span: Span) -> bytes | str:
-    return data if len(data) == span.size else "file that ends too early"
+    return data if len(data) == span.size else SHORT
