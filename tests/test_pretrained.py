@@ -265,7 +265,7 @@ print(most() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_export_takes_little_more_memory_than_the_model(run, tmp_path):
-    config = replace(find(run).config, model=replace(find(run).config.model, dim=1024, ffn_dim=4096, n_layers=2))
+    config = replace(find(run).config, model=replace(find(run).config.model, dim=1024, ffn_dim=4096, n_layers=6))
     model = build_model(config.model)
     size, big = sum(4 * p.numel() for p in model.parameters()), tmp_path / "big"
     averages = [p.detach().clone() for p in model.parameters()]
@@ -275,4 +275,4 @@ def test_an_export_takes_little_more_memory_than_the_model(run, tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", EXPORT, big, tmp_path / "out", "bf16"], capture_output=True, text=True
     )
-    assert size > 1e8 and int(found.stdout) < 1.2 * size, found.stderr
+    assert size > 3e8 and int(found.stdout) < 1.2 * size, found.stderr
