@@ -258,6 +258,24 @@ def test_a_second_build_does_what_is_new_and_no_more(tiny, tmp_path, capsys):
         build("text", [str(tiny / "texts")], tmp_path / "built")
 
 
+def test_a_build_that_fails_leaves_the_folder_as_it_was(tiny, tmp_path, tokenizer, monkeypatch):
+    source, *more = (str(tiny / "more" / f"{i}.tar") for i in range(2))
+    for i, url in enumerate([source, *more]):
+        write_tar(Path(url), {f"{i}.png": picture(), f"{i}.txt": "one"})
+    build("images", [source], tmp_path / "built")
+    before = tree(tmp_path / "built")
+
+    def fails(*rest):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(parts.PARTS, "images", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build("images", [source, *more], tmp_path / "built")
+    after = tree(tmp_path / "built")
+    assert {name: after[name] for name in before} == before
+    load_built_images(tmp_path / "built", SIZES, tokenizer)
+
+
 def test_a_tar_of_loose_images_that_was_lost_is_made_again(tiny, tmp_path, tokenizer):
     build("images", [str(tiny / "pictures")], tmp_path / "built")
     before = tree(tmp_path / "built")

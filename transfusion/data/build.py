@@ -80,7 +80,6 @@ def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, wo
         if same and all(has_size(recipe.out, *tar) for tar in there.get("tars", [])):
             print(f"{out} is built of these sources already")
             return there
-        file.unlink()  # until the new one is whole
     made = list(make_parts(shards, recipe, workers))
     parts = [(shard, folder_of(shard, recipe), part) for shard, part in zip(shards, made) if not isinstance(part, str)]
     if not sum(part["samples"] for *_, part in parts):
@@ -111,6 +110,7 @@ def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, wo
         for _, folder, _ in parts:
             all_left.write((folder / "skipped.jsonl").read_bytes())
     (new / DATASET).write_text(json.dumps(dataset, indent=1) + "\n")
+    file.unlink(missing_ok=True)  # not before: a build that fails leaves the folder as it was
     for path in sorted(new.iterdir(), key=lambda path: path.name == DATASET):  # the last of them says that it is whole
         os.replace(path, out / path.name)
     tidy(out, {folder.name for _, folder, _ in parts} | {Path(url).name for url, _ in found.get("tars", [])})
