@@ -5,7 +5,7 @@
 #
 # HEAD is one of the machines, by an address that all of them reach at PORT; ID tells this run from others there. The
 # run's folder, the data and the cache (TRANSFUSION_CACHE) are to be on storage that all of them share. Where a rank or
-# a machine fails, the others wait for it to come back, and all go on from the newest checkpoint.
+# a machine fails, HEAD apart, the others wait for it to come back, and all go on from the newest checkpoint.
 set -euo pipefail
 
 : "${NODES:?how many machines}" "${HEAD:?the address of one of them}"

@@ -30,10 +30,10 @@ from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export, push
 from transfusion.generate import Answer, Engine
 from transfusion.llama import is_llama
-from transfusion.parallel import leads
 from transfusion.plan import plan, plan_cluster
 from transfusion.pretrained import HUB, load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
+from transfusion.shards import leads
 from transfusion.tokenizer import train_tokenizer
 from transfusion.train import train
 from transfusion.train_codec import CodecRunConfig, data_of, train_codec

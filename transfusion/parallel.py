@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -79,11 +78,6 @@ class Ranks:
         """(which part of the step's rows this rank computes, how many there are)."""
         share = self.context.size if self.context else 1
         return self.rank // share, self.size // share
-
-    @cached_property
-    def shards(self) -> DeviceMesh:
-        """The ranks that hold the parts of one copy of the weights."""
-        return self.mesh["shard"]
 
     def total(self, *numbers: float) -> list[float]:
         """The sum over all ranks of each of the numbers, which need not be on the device."""
@@ -148,11 +142,6 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024)
-
-
-def leads() -> bool:
-    """Whether this process does what one alone must do, such as to print; known before the ranks have met."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
@@ -246,7 +235,7 @@ def shard(model: nn.Module, ranks: Ranks, bf16: bool):
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = ranks.mesh if ranks.mesh["copy"].size() > 1 else ranks.shards
+    mesh = ranks.mesh if ranks.mesh["copy"].size() > 1 else ranks.mesh["shard"]
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

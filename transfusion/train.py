@@ -174,21 +174,20 @@ def fresh(model: Transfusion, config: RunConfig, tokenizer: Tokenizer, ranks: Ra
 
 
 @contextmanager
-def whole(model: Transfusion, ema: list[Tensor] | None, config: RunConfig, ranks: Ranks) -> Iterator[Transfusion]:
-    """The averaged model, to draw with; where it is spread over ranks a whole copy, on the rank that leads."""
+def whole(
+    model: Transfusion, ema: list[Tensor] | None, config: RunConfig, ranks: Ranks
+) -> Iterator[Transfusion | None]:
+    """The averaged model, to draw with; where it is spread over ranks a whole copy, on the rank that leads alone."""
     if ranks.mesh is None:
         with averaged(model, ema):
             yield model
         return
     averages = dict(zip(trained_names(model), ema or []))
     found = gather(weights(model) | averages, ranks)
-    drawing = build_model(config.model, "meta")
+    drawing = None
     if ranks.leads:
-        drawing.to_empty(device=ranks.device)
-        scatter_into = weights(drawing)
-        with torch.no_grad():
-            for name, tensor in found.items():
-                scatter_into[name].copy_(tensor)
+        drawing = build_model(config.model, "meta").to_empty(device=ranks.device)
+        drawing.load_state_dict(found)
     yield drawing
     ranks.wait()
 
