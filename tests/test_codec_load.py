@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_hub import Hub
 from test_train_codec import KL, VQ
 
+from transfusion import hub
 from transfusion.checkpoint import latest_checkpoint
 from transfusion.codec.autoencoder import build_autoencoder
 from transfusion.codec.discriminator import DiscriminatorConfig
@@ -16,6 +18,7 @@ from transfusion.codec.learned import AT_ONCE, by_parts, digest, learned_codec, 
 from transfusion.codec.load import PRETRAINED, load_codec
 from transfusion.config import to_dict
 from transfusion.data.crops import CropConfig
+from transfusion.export import export
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig
 from transfusion.train_codec import CodecRunConfig, CodecTrainConfig, LossConfig, train_codec
@@ -96,6 +99,15 @@ def test_the_key_changes_with_any_weight():
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-3
     assert digest(model) != before
+
+
+def test_a_codec_that_is_pushed_to_the_hub_is_loaded_from_there(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "client", lambda: Hub(tmp_path / "there"))
+    hub.push(export(run, tmp_path / "out", "fp32"), "me/codec")
+    assert load_codec("hub:me/codec").key == load_codec(str(run)).key
+    hub.push(run, "me/run")
+    with pytest.raises(ValueError, match=r"hub:me/run has no config.json"):
+        load_codec("hub:me/run")  # a checkpoint's metadata is a pickle
 
 
 # ---- what is not there ----

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from test_codec_load import saved
 from test_documents import folder_of_images
+from test_hub import Hub
 
 import transfusion
-from transfusion import export as exporting
-from transfusion import pretrained
+from transfusion import hub, pretrained
 from transfusion.checkpoint import latest_checkpoint, read_state, save_checkpoint
 from transfusion.cli import main
 from transfusion.config import to_dict
@@ -210,42 +209,17 @@ def test_a_model_is_sampled_in_the_precision_asked_for_else_in_the_runs_own(run)
 # ---- the hub ----
 
 
-class Hub:
-    """What of the hub's client is called, with repositories as folders of this machine."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def HfApi(self):
-        return self
-
-    def snapshot_download(self, repo: str) -> str:
-        if not (self.root / repo).is_dir():
-            raise OSError(f"404: no {repo}\nmore of it")
-        return str(self.root / repo)
-
-    def create_repo(self, repo: str, exist_ok: bool) -> str:
-        (self.root / repo).mkdir(parents=True, exist_ok=exist_ok)
-        return f"https://hub/{repo}"
-
-    def upload_folder(self, repo_id: str, folder_path: Path):
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-
-
 def test_a_model_that_is_pushed_to_the_hub_is_loaded_from_there(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrained, "hub", lambda: Hub(tmp_path))
-    monkeypatch.setattr(exporting, "hub", lambda: Hub(tmp_path))
+    monkeypatch.setattr(hub, "client", lambda: Hub(tmp_path))
     assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "fp32", "--push", "me/mine"]) == 0
-    assert "https://hub/me/mine" in capsys.readouterr().out
+    assert "https://hub/me/mine\nits name from now on: hub:me/mine" in capsys.readouterr().out
+    assert 'transfusion generate hub:me/mine "' in (tmp_path / "me/mine/README.md").read_text()
     assert same(weights(load("hub:me/mine")), weights(load(run)))
     with pytest.raises(ValueError, match=r"hub:me/other is not to be had: 404: no me/other$"):
         load("hub:me/other")
     shutil.copytree(run, tmp_path / "me/run")
     with pytest.raises(ValueError, match=r"hub:me/run has no config.json"):
         load("hub:me/run")  # a checkpoint's metadata is a pickle
-    monkeypatch.setattr(Hub, "upload_folder", lambda *a, **k: 1 / 0)
-    with pytest.raises(ValueError, match=r"is written, but me/mine does not take it .division by zero.: try `hf auth"):
-        exporting.push(tmp_path / "out", "me/mine")
 
 
 EXPORT = """

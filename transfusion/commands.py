@@ -27,11 +27,12 @@ from transfusion.data.text import load_text
 from transfusion.diffusion.solver import SOLVERS
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
-from transfusion.export import DTYPES, export, push
+from transfusion.export import DTYPES, export
 from transfusion.generate import Answer, Engine
+from transfusion.hub import HUB, push
 from transfusion.llama import is_llama
 from transfusion.plan import plan, plan_cluster
-from transfusion.pretrained import HUB, load
+from transfusion.pretrained import load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.shards import leads
 from transfusion.tokenizer import train_tokenizer
@@ -359,10 +360,11 @@ def run_tokenize(args):
 
 
 def run_export(args):
-    out = export(args.model, args.out, args.dtype, args.license)
+    address = f"{HUB}{args.push}" if args.push else ""
+    out = export(args.model, args.out, args.dtype, args.license, address)
     print(out)
     if args.push:
-        print(f'{push(out, args.push)}\ntry:  transfusion generate {HUB}{args.push} "a red heart"')
+        print(f"{push(out, args.push)}\nits name from now on: {address}")
 
 
 def write_json(file: Path, numbers: dict[str, float]):

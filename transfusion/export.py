@@ -21,7 +21,7 @@ from transfusion.codec.load import find_codec, holds_codec
 from transfusion.config import from_dict, to_dict, to_toml
 from transfusion.model.lora import LoraConfig
 from transfusion.model.paths import is_adapter
-from transfusion.pretrained import CODEC, CONFIG, TOKENIZER, WEIGHTS, find, hub
+from transfusion.pretrained import CODEC, CONFIG, TOKENIZER, WEIGHTS, find
 from transfusion.run import RunConfig
 from transfusion.train_codec import CodecRunConfig
 from transfusion.weights import read_weights
@@ -41,7 +41,7 @@ A Transfusion model (Zhou et al. 2024, arXiv 2408.11039): it writes text and dra
 - training: {steps:,} steps of {positions:,} positions, seed {config.seed}
 
 ```
-transfusion generate {name} "a red heart"
+transfusion generate {address} "a red heart"
 ```
 
 ## Configuration
@@ -65,8 +65,8 @@ An autoencoder for Transfusion (Zhou et al. 2024, arXiv 2408.11039) after Esser 
 - training: {steps:,} steps of {config.train.batch} images, seed {config.seed}
 
 ```
-transfusion eval-codec {name}
-transfusion train CONFIG.toml data.codec={name}
+transfusion eval-codec {address}
+transfusion train CONFIG.toml data.codec={address}
 ```
 
 ## Configuration
@@ -89,8 +89,10 @@ class Parts(NamedTuple):
     lora: LoraConfig = LoraConfig()
 
 
-def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "other") -> Path:
-    """Writes the folder `out`, whole or not at all; raises ValueError where it exists already."""
+def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "other", address: str = "") -> Path:
+    """Writes the folder `out`, whole or not at all; raises ValueError where it exists already.
+
+    `address` is what the model card loads it by; "" = the folder's name."""
     if out.exists():
         raise ValueError(f"{out} exists already: remove it or name another folder")
     parts = codec_parts(name) if holds_codec(name) else model_parts(name)
@@ -109,6 +111,7 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
         text = parts.card.format(
             license=license,
             name=out.name,
+            address=address or out.name,
             parameters=sum(t.numel() for t in tensors.values()),
             dtype=dtype,
             steps=read_state(saved)["step"] if (saved / STATE).is_file() else config.train.steps,
@@ -118,20 +121,6 @@ def export(name: str | Path, out: Path, dtype: str = "bf16", license: str = "oth
         )
         (folder / "README.md").write_text(text)
     return out
-
-
-def push(folder: Path, repo: str) -> str:
-    """Puts an exported folder on the Hugging Face hub, into the repository OWNER/NAME; returns its address."""
-    api = hub().HfApi()
-    try:
-        url = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
-    except Exception as error:  # of the network or the hub: told in words, and the folder stays
-        raise ValueError(
-            f"{folder} is written, but {repo} does not take it ({str(error).splitlines()[0]}): try `hf auth login`, "
-            f"then `hf upload {repo} {folder}`"
-        ) from None
-    return str(url)
 
 
 def copy_codec(name: str, out: Path, license: str):

@@ -19,13 +19,13 @@ from transfusion import checkpoint
 from transfusion.codec.foreign import DIFFUSERS
 from transfusion.config import from_dict
 from transfusion.generate import Engine
+from transfusion.hub import HUB, fetched
 from transfusion.model.transformer import build_model
 from transfusion.run import RunConfig, pick_device
 from transfusion.tokenizer import load_tokenizer
 from transfusion.weights import load_weights
 
 PRETRAINED = Path(__file__).parent / "assets" / "pretrained"
-HUB = "hub:"
 CONFIG, WEIGHTS, TOKENIZER, CODEC = "config.json", "model.safetensors", "tokenizer.json", "codec"
 
 
@@ -45,7 +45,7 @@ def find(name: str | Path) -> Trained:
             there = ", ".join(f"pretrained:{p.name}" for p in sorted(PRETRAINED.glob("*"))) or "none"
             raise ValueError(f"there is no {name}; shipped with this version: {there}")
     elif str(name).startswith(HUB):
-        folder = fetched(str(name).removeprefix(HUB))
+        folder = fetched(str(name))
     else:
         folder = Path(name)
     if not folder.is_dir():
@@ -74,23 +74,6 @@ def find(name: str | Path) -> Trained:
         )
     config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
     return Trained(config, step, step.resolve().parents[1] / TOKENIZER)
-
-
-def hub():
-    """The client of the Hugging Face hub."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError("the hub needs its client: pip install huggingface_hub") from None
-    return huggingface_hub
-
-
-def fetched(repo: str) -> Path:
-    """The folder of the hub's files of a repository, fetched unless they are here."""
-    try:
-        return Path(hub().snapshot_download(repo))
-    except Exception as error:  # of the network, of the hub, of a name that is none: all are told in words
-        raise ValueError(f"{HUB}{repo} is not to be had: {str(error).splitlines()[0]}") from None
 
 
 def load(name: str | Path, device: str = "auto", precision: str = "", compile: bool = False) -> Engine:

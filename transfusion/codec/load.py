@@ -4,6 +4,7 @@ pixels                                   no codec: the latents are the pixels
 runs/codec                               a train-codec run: its newest checkpoint's averaged weights
 runs/codec/checkpoints/step_00001000     those of that checkpoint
 exported/                                model.safetensors + config.json
+hub:OWNER/NAME                           the same on the Hugging Face hub
 pretrained:emoji, pretrained:emoji-vq    exported folders inside the package, of assets/codecs
 diffusers:FOLDER                         an autoencoder of diffusers, from a folder or the hub
 """
@@ -20,6 +21,7 @@ from transfusion.codec.codec import PIXELS, Codec
 from transfusion.codec.foreign import DIFFUSERS, diffusers_codec
 from transfusion.codec.learned import learned_codec
 from transfusion.config import from_dict
+from transfusion.hub import HUB, fetched
 from transfusion.weights import load_weights
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "codecs"
@@ -55,13 +57,17 @@ def find_codec(name: str | Path) -> TrainedCodec:
         if not folder.is_dir():
             there = ", ".join(f"pretrained:{p.name}" for p in sorted(PRETRAINED.glob("*"))) or "none"
             raise ValueError(f"there is no codec {name}; shipped with this version: {there}")
+    elif str(name).startswith(HUB):
+        folder = fetched(str(name))
     if not folder.is_dir():
         raise ValueError(
             f"there is no codec {str(name)!r}: name pixels, a run of train-codec, a checkpoint of it, an exported "
-            "folder, pretrained:NAME or diffusers:FOLDER"
+            "folder, hub:OWNER/NAME, pretrained:NAME or diffusers:FOLDER"
         )
     if (folder / CONFIG).is_file():
         return of_codec(folder, json.loads((folder / CONFIG).read_text()), folder / WEIGHTS, "")
+    if str(name).startswith(HUB):  # checkpoints are read by pickle: only exported folders come from strangers
+        raise ValueError(f"{name} has no {CONFIG}: it is no codec that `transfusion export --push` put there")
     step = checkpoint.newest(folder)
     if step is None:
         raise ValueError(f"{folder} holds no checkpoint and no {CONFIG}: it is no codec, or has saved nothing yet")
