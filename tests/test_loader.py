@@ -331,7 +331,7 @@ def test_any_step_of_a_source_of_any_size_is_there_from_a_standing_start():
 
 
 def test_rows_that_do_not_part_among_the_ranks_are_refused_with_a_number_that_does():
-    with pytest.raises(ValueError, match=r"train.rows = 4 .* train.accumulate = 2 .* 4 ranks: .* multiple of 8"):
+    with pytest.raises(ValueError, match=r"train.rows = 4 .* 4 ranks.* has 1, .* to a divisor of 1"):
         replace(PACKER, accumulate=2, ranks=4)
 
 

@@ -49,6 +49,22 @@ def peak_flops(device: torch.device) -> float:
     return next((gpu.flops for key, gpu in GPUS.items() if key in name), 0.0)
 
 
+def share(rows: int, accumulate: int, groups: int) -> int:
+    """Rows of a micro-batch that a rank, or a group that shares rows, computes, of those of a step; ValueError where
+    they do not part."""
+    if rows % groups:
+        raise ValueError(
+            f"train.rows = {rows} do not part among {groups} ranks, or groups of parallel.context: make train.rows a "
+            f"multiple of {groups}"
+        )
+    if rows // groups % accumulate:
+        raise ValueError(
+            f"of train.rows = {rows} each of {groups} ranks, or groups of parallel.context, has {rows // groups}, "
+            f"which do not part into train.accumulate = {accumulate}: set it to a divisor of {rows // groups}"
+        )
+    return rows // groups // accumulate
+
+
 @dataclass(frozen=True)
 class Cluster:
     """How many GPUs there are, a rank each, and how they share a run."""
@@ -75,14 +91,7 @@ class Cluster:
 
     def rows(self, rows: int, accumulate: int) -> int:
         """Rows of a micro-batch that a rank computes, of those of a step."""
-        parts = accumulate * self.world // self.context
-        if rows % parts:
-            raise ValueError(
-                f"train.rows = {rows} do not part into train.accumulate = {accumulate} micro-batches for each of "
-                f"{self.world // self.context} groups of ranks: make train.rows a multiple of {parts}, or choose "
-                f"another train.accumulate"
-            )
-        return rows // parts
+        return share(rows, accumulate, self.world // self.context)
 
     def rate(self, gpu: Gpu, n: int, stride: int = 1) -> float:
         """Bytes/s that a rank of a group of n gets, each `stride` ranks from the next."""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from transfusion.cluster import share
 from transfusion.data.documents import Corpus, Plan
 from transfusion.data.windows import LEAST_TEXT, Part, Windows, cut_to_gaps, text_documents
 from transfusion.sequence import Batch, Format, Sequence, collate, first_fit, lay_out
@@ -54,12 +55,7 @@ class Packer:
     since: tuple[int, dict[str, int]] | None = None
 
     def __post_init__(self):
-        parts = self.accumulate * self.ranks
-        if self.rows % parts:
-            raise ValueError(
-                f"train.rows = {self.rows} do not part into train.accumulate = {self.accumulate} micro-batches for "
-                f"each of {self.ranks} ranks: make train.rows a multiple of {parts}"
-            )
+        share(self.rows, self.accumulate, self.ranks)  # or it is refused
         assert 0 <= self.rank < self.ranks, f"rank {self.rank} of {self.ranks}"
 
     @cached_property
@@ -163,7 +159,7 @@ class Packer:
 
         A document of which an image cannot be read is padding, and stands in the batch's `lost`.
         """
-        micro, own = self.rows // self.accumulate, self.rows // self.accumulate // self.ranks
+        micro, own = self.rows // self.accumulate, share(self.rows, self.accumulate, self.ranks)
         firsts = range(self.rank * own, self.rows, micro)
         numbers = [row for first in firsts for row in range(first, first + own)]
         packs = {p: self.planned(step * self.packs + p) for p in {row // self.pack_rows for row in numbers}}
