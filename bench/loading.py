@@ -20,7 +20,7 @@ def packer_of(config: RunConfig, codec: Codec) -> Packer:
     tokenizer = load_own_tokenizer(config)
     fmt = format_of(config, tokenizer, codec)
     corpus, _ = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
-    return Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.accumulate)
+    return Packer(corpus, fmt, config.seed, config.train.rows, config.train.seq_len, config.train.micro_batch)
 
 
 def loading(case: Case, clock: Clock) -> tuple[Repeat, dict]:

@@ -58,7 +58,7 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
   which takes half a minute to a minute in the warm-up; the peers run as they come.
 - Content is the same for all: random tokens and latents from (case, round). Each writes its own markers, and lays out
   its rows within the time. Training in bf16 is autocast, the optimizer fused AdamW, for all. In the first question ours
-  adds up a step's gradients row by row, as by `train.accumulate`, but for the arm that says otherwise: losses are sums,
+  adds up a step's gradients row by row, by `train.micro_batch=1`, but for the arm that says otherwise: losses are sums,
   so it is the same step. transfusion-pytorch is measured both ways. Parts: data, forward, backward (ours: with the
   gradients' norm), optimizer. Positions and images are those of the content.
 - Drawing and writing in bf16: weights in bf16, here with keys and values in float32 on a CPU. transfusion-pytorch

@@ -339,7 +339,7 @@ def error_line(capsys) -> str:
         (["optim.lrr=1"], "optim.lr?"),
         (["steps=10"], "train.steps"),
         (["train.steps=many"], "must be int, got 'many'"),
-        (["train.rows=3", "train.accumulate=2"], "multiple"),
+        (["train.micro_batch=-1"], "rows at once, or 0 for all"),
         (["device=abacus"], "device=cpu"),
         (["data.images=nowhere"], "no folder nowhere"),
         (["data.tokenizer=nowhere.json"], "transfusion tokenize"),

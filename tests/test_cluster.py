@@ -60,14 +60,6 @@ def test_at_the_mfu_up_to_which_traffic_hides_one_of_the_two_ways_takes_just_as_
     assert hidden_up_to({}, flops, GPU) == float("inf")
 
 
-def test_rows_of_a_rank_are_what_training_gives_it_or_are_refused():
-    assert Cluster(8).rows(64, 2) == 4 and Cluster(8, context=2).rows(64, 2) == 8
-    with pytest.raises(ValueError, match=r"make train\.rows a multiple of 8"):
-        Cluster(8).rows(20, 2)
-    with pytest.raises(ValueError, match=r"each of 8 ranks.* has 3, .* set it to a divisor of 3"):
-        Cluster(8).rows(24, 2)
-
-
 @pytest.mark.parametrize(
     "fields", [{"shards": 3}, {"context": 5}, {"world": 0}, {"per_node": 0}, {"shards": -1}], ids=str
 )

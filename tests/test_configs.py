@@ -116,7 +116,7 @@ def test_a_paper_config_has_the_sizes_of_the_papers_table(size, patches):
     assert config.data.image_size == 256
     assert train.rows * train.seq_len == pytest.approx(2e6, rel=0.05)
     assert train.rows * train.seq_len * train.steps == pytest.approx(0.5e12, rel=0.05)
-    assert train.seq_len % 128 == 0 and train.rows % train.accumulate == 0
+    assert train.seq_len % 128 == 0 and train.rows % train.micro_batch == 0
 
 
 @pytest.mark.parametrize("size", PAPER)
@@ -130,7 +130,7 @@ def test_the_two_configs_of_a_size_differ_in_their_patches_alone(size):
 def test_a_paper_config_is_the_smallest_but_for_its_sizes_and_micro_batches(size):
     config, first = (load(FOLDER / f"paper-{name}-linear.toml") for name in (size, "0.16b"))
     sizes = {name: getattr(first.model, name) for name in ("dim", "n_layers", "n_heads")}
-    train = replace(config.train, accumulate=first.train.accumulate)
+    train = replace(config.train, micro_batch=first.train.micro_batch)
     assert replace(config, model=replace(config.model, **sizes), train=train) == first
 
 

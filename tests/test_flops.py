@@ -40,7 +40,7 @@ def micro_batches(config: RunConfig):
     images = [i.repeat(twice, 0).repeat(twice, 1) for i in train.images]
     latents = Held([i[..., 0].astype(int) % N_CODES for i in images]) if codes else None
     corpus.captions["train"] = replace(train, images=Held(images), latents=latents)
-    return Packer(corpus, corpus.fmt, 1, config.train.rows, config.train.seq_len, config.train.accumulate).batches(0)
+    return Packer(corpus, corpus.fmt, 1, config.train.rows, config.train.seq_len, config.train.micro_batch).batches(0)
 
 
 N_CODES = 7
@@ -56,32 +56,32 @@ def with_model(config: RunConfig, freeze: tuple[str, ...] = (), data: dict | Non
 
 
 @pytest.mark.parametrize(
-    "share, accumulate, fields",
+    "share, micro_batch, fields",
     [
-        (0.0, 1, {}),
+        (0.0, 0, {}),
         (0.5, 2, {}),
-        (0.8, 1, {}),
-        (0.8, 1, {"head_width": 48}),
+        (0.8, 0, {}),
+        (0.8, 0, {"head_width": 48}),
         (0.8, 2, {"refine_width": 32}),
         (0.8, 2, UNET),
-        (0.8, 1, CLEAN),
+        (0.8, 0, CLEAN),
         (0.8, 2, CLEAN | UNET | {"sides": 4}),
-        (0.0, 1, UNET),
-        (0.8, 1, UNET | {"freeze": ("patches",)}),
-        (0.8, 1, {"refine_width": 32, "freeze": ("patches",)}),
-        (0.0, 1, {"separate": SEPARABLE}),
-        (0.5, 1, {"separate": SEPARABLE}),
-        (0.8, 1, UNET | {"separate": SEPARABLE, "freeze": ("text",)}),
-        (0.8, 1, {"separate": ("ffn",), "freeze": ("text",)}),
-        (0.5, 1, {"separate": SEPARABLE, "freeze": ("text",)}),
-        (0.5, 1, {"lora": LORA, "freeze": ("text", "image")}),
-        (0.5, 1, {"lora": LoraConfig(8, paths=("image",)), "separate": SEPARABLE, "freeze": ("text", "image")}),
+        (0.0, 0, UNET),
+        (0.8, 0, UNET | {"freeze": ("patches",)}),
+        (0.8, 0, {"refine_width": 32, "freeze": ("patches",)}),
+        (0.0, 0, {"separate": SEPARABLE}),
+        (0.5, 0, {"separate": SEPARABLE}),
+        (0.8, 0, UNET | {"separate": SEPARABLE, "freeze": ("text",)}),
+        (0.8, 0, {"separate": ("ffn",), "freeze": ("text",)}),
+        (0.5, 0, {"separate": SEPARABLE, "freeze": ("text",)}),
+        (0.5, 0, {"lora": LORA, "freeze": ("text", "image")}),
+        (0.5, 0, {"lora": LoraConfig(8, paths=("image",)), "separate": SEPARABLE, "freeze": ("text", "image")}),
     ],
     ids=str,
 )
-def test_flops_are_those_that_torch_counts_in_a_step(share, accumulate, fields, monkeypatch):
+def test_flops_are_those_that_torch_counts_in_a_step(share, micro_batch, fields, monkeypatch):
     config = replace(CONFIG, data=replace(CONFIG.data, image_share=share))
-    config = with_model(replace(config, train=replace(config.train, accumulate=accumulate)), **fields)
+    config = with_model(replace(config, train=replace(config.train, micro_batch=micro_batch)), **fields)
     model, batches = build_model(config.model), micro_batches(config)
     freeze(model, config.optim.freeze)
     images = sum(batch.n_images for batch in batches)

@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser  # noqa: TID251  its arguments
 from transfusion.cli import parse
 from transfusion.cluster import Cluster
 from transfusion.config import load_config
+from transfusion.data.loader import micro_batches
 from transfusion.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -71,15 +72,15 @@ def skypilot() -> dict:
 def told(recipe: str, tmp_path: Path) -> tuple[list[str], int]:
     """(what torchrun is told, how many GPUs the recipe asks for); configs are those that the headers name."""
     if recipe == "node.sh":
-        words = ["configs/paper-1.4b-linear.toml", "out=runs/1.4b", "train.accumulate=8"]
+        words = ["configs/paper-1.4b-linear.toml", "out=runs/1.4b"]
         ((_, *arguments),) = run(tmp_path, [str(LAUNCH / recipe), *words], GPUS="8")
         return arguments, 8
     if recipe == "nodes.sh":
-        words = ["configs/paper-7b-linear.toml", "out=/shared/runs/7b", "train.accumulate=4"]
+        words = ["configs/paper-7b-linear.toml", "out=/shared/runs/7b"]
         ((_, *arguments),) = run(tmp_path, [str(LAUNCH / recipe), *words], NODES="4", HEAD="10.0.0.1")
         return arguments, 4 * 8
     if recipe == "slurm.sbatch":
-        words = ["configs/paper-7b-linear.toml", "out=/shared/runs/7b", "train.accumulate=2"]
+        words = ["configs/paper-7b-linear.toml", "out=/shared/runs/7b"]
         ((_, *arguments),) = run(tmp_path, [str(LAUNCH / recipe), *words], **of_slurm())
         asked = slurm_directives()
         return arguments, int(asked["nodes"]) * int(asked["gpus-per-node"])
@@ -113,7 +114,8 @@ def test_a_recipe_starts_a_rank_on_each_gpu_to_train_a_config_whose_rows_they_ca
     train = parse(args.training_script_args)
     assert train.command == "train" and train.resume
     config = load_config(RunConfig, ROOT / train.config, train.overrides)
-    assert Cluster(gpus, config.parallel.shards).rows(config.train.rows, config.train.accumulate) >= 1
+    assert micro_batches(config.train.rows, config.train.micro_batch, gpus)
+    assert Cluster(gpus, config.parallel.shards)
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.endswith(".yaml")])

@@ -19,7 +19,7 @@ from transfusion.config import load_config
 from transfusion.data.arrays import Held, Joined
 from transfusion.data.corpus import build_corpus
 from transfusion.data.documents import SAMPLE, Captions, Corpus, DataConfig
-from transfusion.data.loader import MEASURED, Packer, load_batches
+from transfusion.data.loader import MEASURED, Packer, load_batches, micro_batches
 from transfusion.data.windows import Stream
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.loss import draw_noise
@@ -67,11 +67,11 @@ def test_a_step_is_a_pure_function_of_seed_and_step():
     assert not same(forwards[0], replace(PACKER, seed=1).batches(0)[0])
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_side_by_side_are_the_rows_of_the_whole_step(accumulate):
+@pytest.mark.parametrize("micro_batch, n", [(2, 2), (1, 4), (3, 2)])
+def test_micro_batches_side_by_side_are_the_rows_of_the_whole_step(micro_batch, n):
     for step in range(4):
-        (whole,), parts = PACKER.batches(step), replace(PACKER, accumulate=accumulate).batches(step)
-        assert len(parts) == accumulate
+        (whole,), parts = PACKER.batches(step), replace(PACKER, micro_batch=micro_batch).batches(step)
+        assert len(parts) == n
         for name in ("tokens", "document", "place", "target", "t_max"):
             assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
         assert torch.equal(torch.cat([p.patches for p in parts if p.n_images]), whole.patches)
@@ -97,18 +97,17 @@ def rows_of(batches: list[Batch]) -> dict[int, list[torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("micro_batch", [0, 1, 2])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_rows_that_one_rank_has(ranks, accumulate):
-    alone = replace(PACKER, rows=8, accumulate=accumulate)
+def test_ranks_share_the_rows_that_one_rank_has(ranks, micro_batch):
+    alone = replace(PACKER, rows=8, micro_batch=micro_batch)
     of_ranks = [replace(alone, rank=rank, ranks=ranks).batches(5) for rank in range(ranks)]
     whole = rows_of(alone.batches(5))
-    assert list(whole) == list(range(8)) and all(len(micro) == accumulate for micro in of_ranks)
-    together = {}
-    for micro in of_ranks:
-        for m, batch in enumerate(micro):
-            size = 8 // accumulate
-            assert len(batch.tokens) == size // ranks and m * size <= batch.first_row < (m + 1) * size
+    assert list(whole) == list(range(8))
+    together, size = {}, micro_batch or 8 // ranks
+    for rank, micro in enumerate(of_ranks):
+        firsts = range(rank * 8 // ranks, (rank + 1) * 8 // ranks, size)
+        assert [(b.first_row, len(b.tokens)) for b in micro] == [(first, size) for first in firsts]
         together |= rows_of(micro)
     assert sorted(together) == list(range(8))  # no row twice: there are 8 in all
     for row, parts in whole.items():
@@ -172,7 +171,7 @@ def test_a_large_step_is_packed_as_several_of_32_rows():
         assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
     assert torch.equal(torch.cat([p.patches for p in parts]), whole.patches)
     alone = rows_of([whole])
-    shared = rows_of(b for rank in range(4) for b in replace(large, accumulate=2, rank=rank, ranks=4).batches(2))
+    shared = rows_of(b for rank in range(4) for b in replace(large, micro_batch=12, rank=rank, ranks=4).batches(2))
     assert sorted(shared) == list(range(96))
     assert all(torch.equal(a, b) for row in alone for a, b in zip(alone[row], shared[row], strict=True))
 
@@ -331,14 +330,19 @@ def test_any_step_of_a_source_of_any_size_is_there_from_a_standing_start():
 
 
 def test_rows_that_do_not_part_among_the_ranks_are_refused_with_a_number_that_does():
-    with pytest.raises(ValueError, match=r"train.rows = 4 .* 4 ranks.* has 1, .* to a divisor of 1"):
-        replace(PACKER, accumulate=2, ranks=4)
+    with pytest.raises(ValueError, match=r"train.rows = 4 .* 3 ranks: make train.rows a multiple of 3"):
+        replace(PACKER, ranks=3)
+
+
+def test_micro_batches_are_as_few_as_part_a_ranks_rows_evenly():
+    asked = [(512, 4), (512, 4, 8), (512, 0, 8), (12, 5), (12, 100, 4), (14, 4, 2)]
+    assert [micro_batches(*of) for of in asked] == [(128, 4), (16, 4), (1, 64), (3, 4), (1, 3), (7, 1)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on a machine of two cores
 @pytest.mark.parametrize("workers, start", [(1, 0), (3, 4)])
 def test_any_number_of_workers_gives_what_none_gives_in_the_same_order(workers, start):
-    packer = replace(PACKER, accumulate=2, rank=1, ranks=2)
+    packer = replace(PACKER, micro_batch=1, rank=1, ranks=2)
     alone, beside = ([*load_batches(packer, start, 10, n, pin_memory=False)] for n in (0, workers))
     assert len(alone) == len(beside) == 10 - start
     for a, b in zip(alone, beside):
@@ -429,7 +433,7 @@ def test_rows_of_the_shipped_data_are_full():
 
 def test_a_run_on_text_alone_has_no_image_and_full_rows():
     corpus = corpus_of([], [list(range(10, 99)) * 5], image_share=0.0)
-    batches = Packer(corpus, FORMAT, seed=0, rows=3, seq_len=32, accumulate=3).batches(2)
+    batches = Packer(corpus, FORMAT, seed=0, rows=3, seq_len=32, micro_batch=1).batches(2)
     for batch in batches:
         assert batch.n_images == 0 and batch.n_targets == 31 and (batch.document != NONE).all()
 

@@ -134,7 +134,7 @@ def test_the_parts_add_up_to_what_lasts_and_the_rehearsed_peak():
 def test_gradients_are_there_beside_the_activations_only_of_several_micro_batches():
     wide = with_model(BF16, dim=256, ffn_dim=1024)
     one = estimate_memory(replace(wide, train=replace(wide.train, rows=4)))
-    two = estimate_memory(replace(wide, train=replace(wide.train, rows=8, accumulate=2)))
+    two = estimate_memory(replace(wide, train=replace(wide.train, rows=8, micro_batch=4)))
     assert one["activations (about)"] == pytest.approx(two["activations (about)"], rel=0.02)
     assert sum(two.values()) - sum(one.values()) > 0.5 * one["gradients"]
 

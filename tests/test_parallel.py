@@ -72,7 +72,7 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
     train(load_config(RunConfig, config, SHORT), tmp_path / "2 on 1", resume=True)
     copy_run(tmp_path / "4 muon", 10, tmp_path / "4 on 1")
     train(load_config(RunConfig, config, [*SHORT, *RUNS["muon"]]), tmp_path / "4 on 1", resume=True)
-    train(load_config(RunConfig, config, [*SHORT, "train.accumulate=4"]), tmp_path / "1 in parts")
+    train(load_config(RunConfig, config, [*SHORT, "train.micro_batch=1"]), tmp_path / "1 in parts")
     for name in RUNS:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"2 {name}")
     for name in ("adamw", "muon", "few images"):

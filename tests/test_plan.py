@@ -136,6 +136,6 @@ def test_the_plan_is_within_a_tenth_of_what_an_h100_took():
     for size, n, gib, planned in rows:
         assert re.search(rf"^\| {size} \| {n} \| [\d.]+ \| {gib} \|$", measured, re.M)
         path = ROOT / f"configs/paper-{size.lower()}-linear.toml"
-        config = load_config(RunConfig, path, ["train.accumulate=1", f"train.rows={n}"])
+        config = load_config(RunConfig, path, ["train.micro_batch=0", f"train.rows={n}"])
         estimate = sum(estimate_memory(config).values()) / 2**30
         assert estimate == pytest.approx(float(planned), abs=0.06) == pytest.approx(float(gib), rel=0.1)

@@ -114,9 +114,9 @@ def cut(config: RunConfig, run: Path, steps: list[int], monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny, tmp_path, monkeypatch, optimizer, accumulate):
-    config = with_train(replace(tiny, optim=replace(tiny.optim, name=optimizer)), accumulate=accumulate)
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny, tmp_path, monkeypatch, optimizer, micro_batch):
+    config = with_train(replace(tiny, optim=replace(tiny.optim, name=optimizer)), micro_batch=micro_batch)
     train(config, tmp_path / "whole")
     cut(config, tmp_path / "cut", [1, 4, 5, 7], monkeypatch)
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
@@ -142,9 +142,9 @@ def test_training_changes_the_weights_the_average_and_lowers_the_loss(tiny, tmp_
 
 
 def test_micro_batches_train_as_the_whole_batch_does(tiny, tmp_path):
-    for accumulate in (1, 2, 4):
-        train(with_train(tiny, accumulate=accumulate), tmp_path / f"{accumulate}")
-    one, *others = (records(tmp_path / f"{a}") for a in (1, 2, 4))
+    for size in (0, 1, 2):
+        train(with_train(tiny, micro_batch=size), tmp_path / f"{size}")
+    one, *others = (records(tmp_path / f"{size}") for size in (0, 1, 2))
     for other in others:
         for a, b in zip(one, other, strict=True):
             assert b == pytest.approx(a, rel=1e-3)

@@ -49,22 +49,6 @@ def peak_flops(device: torch.device) -> float:
     return next((gpu.flops for key, gpu in GPUS.items() if key in name), 0.0)
 
 
-def share(rows: int, accumulate: int, groups: int) -> int:
-    """Rows of a micro-batch that a rank, or a group that shares rows, computes, of those of a step; ValueError where
-    they do not part."""
-    if rows % groups:
-        raise ValueError(
-            f"train.rows = {rows} do not part among {groups} ranks, or groups of parallel.context: make train.rows a "
-            f"multiple of {groups}"
-        )
-    if rows // groups % accumulate:
-        raise ValueError(
-            f"of train.rows = {rows} each of {groups} ranks, or groups of parallel.context, has {rows // groups}, "
-            f"which do not part into train.accumulate = {accumulate}: set it to a divisor of {rows // groups}"
-        )
-    return rows // groups // accumulate
-
-
 @dataclass(frozen=True)
 class Cluster:
     """How many GPUs there are, a rank each, and how they share a run."""
@@ -89,9 +73,10 @@ class Cluster:
     def replicas(self) -> int:
         return self.world // self.of_shard
 
-    def rows(self, rows: int, accumulate: int) -> int:
-        """Rows of a micro-batch that a rank computes, of those of a step."""
-        return share(rows, accumulate, self.world // self.context)
+    @property
+    def groups(self) -> int:
+        """Of ranks that share rows; where context is 1 each rank is one."""
+        return self.world // self.context
 
     def rate(self, gpu: Gpu, n: int, stride: int = 1) -> float:
         """Bytes/s that a rank of a group of n gets, each `stride` ranks from the next."""

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transfusion.cluster import Cluster
+from transfusion.data.loader import micro_batches
 from transfusion.flops import copies, count_images, grid_of
 from transfusion.loss import Noise, losses
 from transfusion.model.float8 import use_float8
@@ -96,13 +97,13 @@ def rehearse(config: RunConfig, batch: Batch, on: str = "cuda", scatter: bool = 
 
     With `scatter`, gradients go as they come, and the peak is without them and without the weights in bf16.
     """
-    fake = FakeTensorMode()
+    fake, c = FakeTensorMode(), config.train
     with fake:
         model = Transfusion(config.model)
     freeze(model, config.optim.freeze)
-    if config.train.float8:
+    if c.float8:
         use_float8(model.layers)
-    recompute(model.layers, config.train.checkpointing)
+    recompute(model.layers, c.checkpointing)
     noise = Noise(torch.zeros(len(batch.grids)), torch.zeros_like(batch.patches))
     mask = mask_of(fake, config, batch, on)
     batch, noise = without_numbers(fake, batch), Noise(*map(fake.from_tensor, noise))
@@ -110,13 +111,11 @@ def rehearse(config: RunConfig, batch: Batch, on: str = "cuda", scatter: bool = 
         for p in trained(model):
             if scatter:
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            elif config.train.accumulate > 1:  # gradients of the micro-batches before it
+            elif micro_batches(c.rows, c.micro_batch)[0] > 1:  # gradients of those before it
                 p.grad = torch.zeros_like(p)
         before = ledger.alive
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision != "fp32"):
-            found = losses(
-                model, batch, noise, config.diffusion, config.train.z_loss, mask_of=lambda batch, model: mask
-            )
+        with torch.autocast("cpu", torch.bfloat16, enabled=c.precision != "fp32"):
+            found = losses(model, batch, noise, config.diffusion, c.z_loss, mask_of=lambda batch, model: mask)
         head = model.output.weight
         head = head.numel() * head.element_size() if head.requires_grad else 0
         kept, casts = ledger.alive - before - head, ledger.casts
@@ -182,7 +181,7 @@ def estimate_memory(config: RunConfig, cluster: Cluster | None = None, on: str =
     """
     cluster, m, c = cluster or Cluster(), config.model, config.train
     own = replace(config, train=replace(c, seq_len=c.seq_len // cluster.context))  # the positions of a rank
-    rows, several = cluster.rows(c.rows, c.accumulate), cluster.world > 1
+    (_, rows), several = micro_batches(c.rows, c.micro_batch, cluster.groups), cluster.world > 1
     found = rehearse_presumed(replace(own, parallel=ParallelConfig()), rows, on, several)
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transfusion.cluster import GPUS, Cluster, hidden_up_to, traffic
+from transfusion.data.loader import micro_batches
 from transfusion.flops import count_6nd, count_flops, count_images, grid_of, parameters_of
 from transfusion.memory import estimate_memory
 from transfusion.model.recompute import MODES
@@ -88,8 +89,9 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     model = build_model(m, "meta")
     freeze(model, config.optim.freeze)
     numbers = [sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model))]
-    keys = 2 * m.kv_heads * m.head_dim * m.n_layers * cluster.rows(c.rows, c.accumulate) * c.seq_len
-    found = traffic(cluster, g, *numbers, keys, c.accumulate)
+    n, rows = micro_batches(c.rows, c.micro_batch, cluster.groups)
+    keys = 2 * m.kv_heads * m.head_dim * m.n_layers * rows * c.seq_len
+    found = traffic(cluster, g, *numbers, keys, n)
     flops = sum(count_flops(config).values()) / cluster.world
     seconds, kept = flops / (mfu * g.flops), memory[MODES[0]]
     steps = c.steps or float("nan")
@@ -128,12 +130,13 @@ def plan_cluster(
     lines = [*head(config), f"{'memory of a rank, GiB':28}" + "".join(f"{mode:>12}" for mode in s.memory)]
     lines += [row(name, [memory[name] for memory in by_mode]) for name in by_mode[0]]
     lines.append(row("total", [sum(memory.values()) for memory in by_mode]))
-    remedy = "none: more GPUs, more of them to a shard (parallel.shards), or a larger train.accumulate"
+    remedy = "none: more GPUs, more of them to a shard (parallel.shards), or a smaller train.micro_batch"
     room = f"{g.memory / 2**30:.1f} GiB of {gpu}, a tenth left free"
     lines += [f"checkpointing that fits into {room}: {', '.join(s.fits) or remedy}", ""]
 
-    share = f"{cluster.rows(c.rows, c.accumulate)} rows x {c.seq_len // cluster.context} positions"
-    lines.append(f"a step of a rank: {c.accumulate} x {share}, {s.flops / 1e12:,.1f} TFLOP, {s.seconds:.3g} s")
+    count, rows = micro_batches(c.rows, c.micro_batch, cluster.groups)
+    share = f"{rows} rows x {c.seq_len // cluster.context} positions"
+    lines.append(f"a step of a rank: {count} x {share}, {s.flops / 1e12:,.1f} TFLOP, {s.seconds:.3g} s")
     lines += [f"  {name:26}{size / 1e9:12,.2f} GB {seconds:10.3f} s" for name, (size, seconds) in s.traffic.items()]
     if s.traffic:
         lines.append(f"  which computing hides up to {s.hidden:.0%} MFU: {'yes' if s.hidden >= mfu else 'NO'}")

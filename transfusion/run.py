@@ -32,13 +32,13 @@ FLOAT8 = (8, 9)  # the least capability of a GPU that multiplies it
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. A step takes `rows` rows of `seq_len` positions, in `accumulate` micro-batches."""
+    """The loop. A step takes `rows` rows of `seq_len` positions, `micro_batch` of them at once."""
 
     steps: int = 0  # 0 = as many as fit into `minutes` on this machine, found at the start by measuring
     minutes: float = 10.0  # of training; without effect where `steps` is given
     rows: int = 32
     seq_len: int = 256
-    accumulate: int = 1
+    micro_batch: int = 0  # rows that a rank computes at once, at most; 0 = all of its own. Changes memory, no result
     image_weight: float = 5.0  # lambda
     z_loss: float = 0.0  # weight of log^2 Z of the text head, which keeps its logits from drifting (Chameleon: 1e-5)
     # bf16 = autocast with fp32 master weights; an engine samples with bf16 ones; auto = bf16 where the hardware has it
@@ -55,13 +55,13 @@ class TrainConfig:
     max_bad_steps: int = 5  # stop after so many non-finite steps in a row
 
     def __post_init__(self):
-        for name in ("rows", "seq_len", "accumulate", "max_bad_steps", "keep"):
+        for name in ("rows", "seq_len", "max_bad_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: it must be at least 1")
         if self.steps < 0 or not (self.steps or self.minutes > 0):
             raise ValueError(f"train.steps = {self.steps}, train.minutes = {self.minutes}: one of them must be above 0")
-        if self.rows % self.accumulate:
-            raise ValueError(f"train.rows = {self.rows} is not a multiple of train.accumulate = {self.accumulate}")
+        if self.micro_batch < 0:
+            raise ValueError(f"train.micro_batch = {self.micro_batch}: rows at once, or 0 for all of a rank's")
         if self.checkpointing not in RECOMPUTE:
             raise ValueError(f"train.checkpointing = {self.checkpointing!r}: choose one of {', '.join(RECOMPUTE)}")
         if self.precision not in PRECISIONS:

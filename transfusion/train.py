@@ -104,7 +104,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     optimizers = build_optimizers(model, config.optim, muon)
     state = checkpoint.read_state(found) if found else {}
     since = (state["step"], state["data"]) if found else None
-    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.accumulate, *ranks.rows, since)
+    packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.micro_batch, *ranks.rows, since)
     if found:
         same_tokens(run, run / TOKENIZER, tokenizer)
         config = match_steps(config, state)

@@ -19,13 +19,24 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from transfusion.cluster import share
 from transfusion.data.documents import Corpus, Plan
 from transfusion.data.windows import LEAST_TEXT, Part, Windows, cut_to_gaps, text_documents
 from transfusion.sequence import Batch, Format, Sequence, collate, first_fit, lay_out
 
 PACK = 32  # rows that are packed together, at most
 MEASURED = 8  # packs whose gaps say how much text a pack has room for
+
+
+def micro_batches(rows: int, most: int, ranks: int = 1) -> tuple[int, int]:
+    """(how many micro-batches each of these ranks computes in a step of so many rows, the rows of each): as few as
+    divide its rows evenly with `most` at once, 0 = all. ValueError where the rows do not part among the ranks.
+
+    Ranks that share rows (parallel.context) count as one."""
+    if rows % ranks:
+        raise ValueError(f"train.rows = {rows} do not part among {ranks} ranks: make train.rows a multiple of {ranks}")
+    own = rows // ranks
+    size = next(n for n in range(min(most or own, own), 0, -1) if own % n == 0)
+    return own // size, size
 
 
 class Row(NamedTuple):
@@ -49,13 +60,13 @@ class Packer:
     seed: int
     rows: int  # of the whole step
     seq_len: int
-    accumulate: int = 1  # micro-batches that the rows of a step are split into
-    rank: int = 0  # which of `ranks` equal parts of each micro-batch to make
+    micro_batch: int = 0  # rows of a batch at most; 0 = all that the rank has
+    rank: int = 0  # which of `ranks` equal parts of the rows to make
     ranks: int = 1
     since: tuple[int, dict[str, int]] | None = None
 
     def __post_init__(self):
-        share(self.rows, self.accumulate, self.ranks)  # or it is refused
+        micro_batches(self.rows, self.micro_batch, self.ranks)  # or they are refused
         assert 0 <= self.rank < self.ranks, f"rank {self.rank} of {self.ranks}"
 
     @cached_property
@@ -155,13 +166,13 @@ class Packer:
         return [lay_out(document, self.fmt) for document in text_documents(ids, self.fmt.special)]
 
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step, with S = rows / accumulate: rows m S + r S / R ... of the m-th of all.
+        """This rank's micro-batches of a step: of R ranks the r-th has the r-th R-th of the rows.
 
         A document of which an image cannot be read is padding, and stands in the batch's `lost`.
         """
-        micro, own = self.rows // self.accumulate, share(self.rows, self.accumulate, self.ranks)
-        firsts = range(self.rank * own, self.rows, micro)
-        numbers = [row for first in firsts for row in range(first, first + own)]
+        n, size = micro_batches(self.rows, self.micro_batch, self.ranks)
+        numbers = range(self.rank * n * size, (self.rank + 1) * n * size)
+        firsts = numbers[::size]
         packs = {p: self.planned(step * self.packs + p) for p in {row // self.pack_rows for row in numbers}}
         rows = {row: packs[row // self.pack_rows][row % self.pack_rows] for row in numbers}
         plans = [plan for row in rows.values() for plan in row.images]
@@ -179,11 +190,11 @@ class Packer:
             laid[number] += [sequence for part in row.text for sequence in self.text(part)]
         return [
             collate(
-                [laid[row] for row in range(first, first + own)],
+                [laid[row] for row in range(first, first + size)],
                 self.seq_len,
                 self.fmt,
                 first,
-                tuple(name for row in range(first, first + own) for name in lost[row]),
+                tuple(name for row in range(first, first + size) for name in lost[row]),
             )
             for first in firsts
         ]
