@@ -182,7 +182,7 @@ def test_documents_name_members_of_tars_and_tables_hold_their_images(tmp_path, t
     folder = write_documents(tmp_path / "docs")
     lines = [json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()]
     files = {p.name: p.read_bytes() for p in folder.glob("*.png")}
-    write_tar(tmp_path / "tarred" / "deep" / "0.tar", files)
+    write_tar(tmp_path / "tarred" / "deep" / "0.tar", {f"./{name}": data for name, data in files.items()})
     rows, named = [], []
     for line in lines:
         segments = [{"text": s} if isinstance(s, str) else s for s in line["segments"]]
@@ -192,7 +192,8 @@ def test_documents_name_members_of_tars_and_tables_hold_their_images(tmp_path, t
         rows.append([{**empty, **s, **({"image": files[s["image"]]} if "image" in s else {})} for s in segments])
     (tmp_path / "tarred" / "documents.jsonl").write_text("".join(named))
     splits = [line["split"] if line["split"] != "train" else None for line in lines]
-    write_table(tmp_path / "table" / "d.parquet", segments=rows, split=splits, to=[line.get("to") for line in lines])
+    more = {"to": [line.get("to") for line in lines], "icon": [picture()] * len(lines)}  # bytes are no info
+    write_table(tmp_path / "table" / "d.parquet", segments=rows, split=splits, **more)
     for name in ("tarred", "table"):
         build("documents", [str(tmp_path / name)], tmp_path / f"built-{name}")
         images, found = load_built_documents(tmp_path / f"built-{name}", SIZES, tokenizer)

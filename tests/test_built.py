@@ -113,7 +113,7 @@ def test_an_image_that_cannot_be_had_is_a_word_among_the_others(built, tokenizer
     tar.write_bytes(data[: int(record["offset"])])
     assert images.read([8, 1]) == ["file that ends too early"] * 2 and not isinstance(images.read([0])[0], str)
     tar.unlink()
-    assert images.read([0]) == [UNREADABLE]
+    assert images.read([0])[0].startswith(f"{UNREADABLE}: FileNotFoundError: [Errno 2]")
     with pytest.raises(ValueError, match=r"image 0 of .*built, in .*a\.tar at 512: file that cannot be read"):
         images[0]
 
@@ -144,7 +144,7 @@ def test_tars_elsewhere_are_read_by_fsspec_to_the_same_pixels(built, tokenizer, 
         assert there[0].read([0, 5]) == ["file that ends too early"] * 2
     finally:
         store.rm("/there", recursive=True)
-    assert there[0].read([0]) == [UNREADABLE]
+    assert there[0].read([0])[0].startswith(UNREADABLE)
 
 
 def test_a_built_folder_may_be_moved_with_the_images_that_lay_loose(tmp_path, tokenizer):

@@ -41,7 +41,7 @@ from transfusion.data.samples import texts
 from transfusion.data.shards import Shard, find_shards
 from transfusion.data.split import lowest
 from transfusion.data.storage import has_size
-from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_documents
+from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_texts
 
 Part = tuple[Shard, Path, dict[str, Any]]
 
@@ -282,7 +282,7 @@ def merge_text(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
 def few_texts(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
     found = [item for shard, *_ in parts for item in texts(shard, recipe.columns.text)]
     every = [item[1] for item in found if not isinstance(item, Left)]
-    train, apart = split_documents(every)
+    train, apart = split_texts(every)
     tokenizer = tokenizer_at(recipe.tokenizer)
     with Growing(out / "ids.npy", id_type(tokenizer)) as whole:
         for text in train:

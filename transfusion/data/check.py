@@ -9,11 +9,13 @@ from functools import partial
 from typing import NamedTuple
 
 from transfusion.data.images import Size, decode, measure
+from transfusion.data.parts import UNREADABLE_SHARD
 from transfusion.data.processes import side_by_side
 from transfusion.data.report import NAMED
 from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import documents, image_samples, texts
 from transfusion.data.shards import Shard, find_shards
+from transfusion.data.storage import why
 
 
 class Found(NamedTuple):
@@ -53,7 +55,7 @@ def check_shard(shard: Shard, kind: str, columns: Columns) -> Found:
             n, names = left.get(item.reason, (0, []))
             left[item.reason] = n + 1, names + [item.name] if n < NAMED else names
     except OSError as error:
-        left["shard that cannot be read"] = 1, [str(error)]
+        left[UNREADABLE_SHARD] = 1, [why(error)]
     return Found(shard.url, usable, left)
 
 
