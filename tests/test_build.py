@@ -255,7 +255,7 @@ def test_a_second_build_does_what_is_new_and_no_more(tiny, tmp_path, capsys):
     os.utime(more, ns=(1, 1))  # changed, for all that can be known
     build("images", [*sources, str(more)], tmp_path / "built")
     assert len(list((tmp_path / "built" / "parts").iterdir())) == 4  # none of what it was before
-    with pytest.raises(ValueError, match="holds images of format 1: name another folder"):
+    with pytest.raises(ValueError, match="holds images of format 2: name another folder"):
         build("text", [str(tiny / "texts")], tmp_path / "built")
 
 

@@ -299,9 +299,4 @@ def fit(picture: Image.Image, size: Size) -> Image.Image:
 
 def held_out(names: Sequence[str]) -> np.ndarray:
     """bool [n]: about 2 % by a hash of the name; one at least, none of a few."""
-    return held_out_hashes(np.array(list(map(hash_of, names)), np.uint64))
-
-
-def held_out_hashes(hashes: np.ndarray) -> np.ndarray:
-    """The same of the names' hashes."""
-    return np.zeros(len(hashes), bool) if len(hashes) < MIN_FOR_HELD_OUT else lowest(hashes, HELD_OUT_SHARE)
+    return lowest(np.array(list(map(hash_of, names)), np.uint64), HELD_OUT_SHARE, MIN_FOR_HELD_OUT)

@@ -27,7 +27,7 @@ import numpy as np
 from transfusion.data import images, interleaved
 from transfusion.data.images import measure
 from transfusion.data.interleaved import ImageSegment, said
-from transfusion.data.mapped import Growing
+from transfusion.data.mapped import FORMAT, Growing, publish
 from transfusion.data.rows import Columns, Left
 from transfusion.data.samples import documents, image_samples, texts
 from transfusion.data.shards import Shard
@@ -196,8 +196,8 @@ class Skipped:
 
 
 def folder_of(shard: Shard, recipe: Recipe) -> Path:
-    """Where the shard's part lies: a part of another tokenizer, or of other columns, lies elsewhere."""
-    key = hash_of(repr((tokenizer_key(recipe.tokenizer), *recipe.columns)))
+    """Where the shard's part lies: a part of another format, tokenizer, or of other columns, lies elsewhere."""
+    key = hash_of(repr((FORMAT, tokenizer_key(recipe.tokenizer), *recipe.columns)))
     return recipe.out / "parts" / f"{shard.key}-{key:016x}"
 
 
@@ -216,7 +216,7 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
                 shutil.rmtree(new)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(new, folder)
+                publish(new, folder)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # here, not there
@@ -332,7 +332,7 @@ class Pack:
     def __exit__(self, failed, *error):
         self.tar.__exit__()
         if failed is None and self.tar.n:
-            os.replace(self.new, self.file)
+            publish(self.new, self.file)
         else:
             self.new.unlink()
 
