@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_the_command_ends_with_1_where_nothing_is_usable(tmp_path, capsys):
     assert "not there: give " in capsys.readouterr().err
 
 
-def test_the_commands_build_and_encode_what_a_config_names(tmp_path, capsys):
+def test_the_commands_build_and_encode_what_a_config_names(tmp_path, capsys, monkeypatch):
     write_tiny(tmp_path / "tiny")
     out = tmp_path / "built"
     assert main(["data", "build", "images", str(tmp_path / "tiny/pictures"), "--out", str(out)]) == 0
@@ -83,6 +84,12 @@ def test_the_commands_build_and_encode_what_a_config_names(tmp_path, capsys):
     config = [str(tmp_path / "tiny/tiny.toml"), f"data.images={out}", "data.codec=pretrained:emoji"]
     assert main(["data", "encode", *config]) == 0
     assert f"{out}: latents in {out / 'latents'}" in capsys.readouterr().out
+    shutil.rmtree(out / "latents")
+    for rank, said in ((1, ""), (0, f"{out}: latents in ")):  # of two that torchrun starts the first has the one block
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        assert main(["data", "encode", *config]) == 0
+        assert said in capsys.readouterr().out and len(list(out.glob("latents/*/latents.json"))) == (rank == 0)
     assert main(["data", "encode", config[0]]) == 2
     assert "names no built images: build them by" in capsys.readouterr().err
 
