@@ -18,7 +18,7 @@ from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import cosine
 from transfusion.evals import drawing
 from transfusion.evals.captions import evaluate_captions
-from transfusion.evals.config import LISTED, candidates, chosen
+from transfusion.evals.config import PERMUTED, candidates, chosen
 from transfusion.evals.denoising import denoising_errors, derangement, evaluate_denoising, fixed_noise
 from transfusion.evals.documents import evaluate_documents
 from transfusion.evals.drawing import carriers, chance, evaluate_drawing, ranks, squared_distances
@@ -509,8 +509,8 @@ def test_of_many_images_some_stand_for_all_those_looked_at_among_them(monkeypatc
     every = [c.image.tobytes() for c in candidates(corpus, EvalConfig())]
     assert every == [image.tobytes() for image in all_images(corpus)]
     config = EvalConfig(n_captions=4, n_candidates=12)
-    for listed in (LISTED, 5):  # by a permutation, and without one
-        monkeypatch.setattr("transfusion.evals.config.LISTED", listed)
+    for listed in (PERMUTED, 5):  # by a permutation, and without one
+        monkeypatch.setattr("transfusion.evals.config.PERMUTED", listed)
         some_of_all = [c.image.tobytes() for c in candidates(corpus, config)]
         assert some_of_all == [image for image in every if image in some_of_all] and 12 <= len(some_of_all) <= 12 + 10
         looked_at = [corpus.captions[split].images[i] for split, own in chosen(corpus, 4, 0) for i in own]

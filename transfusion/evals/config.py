@@ -14,7 +14,7 @@ from transfusion.data.documents import Corpus
 from transfusion.data.images import SPLITS
 from transfusion.data.order import shuffled
 
-LISTED = 1 << 20  # things of which a permutation is written down
+PERMUTED = 1 << 20  # things of which a permutation is written down
 AT_ONCE = 64  # images that are read together
 
 
@@ -55,7 +55,7 @@ class EvalConfig:
 
 def some(n: int, most: int, seed: int) -> list[int]:
     """At most so many of the numbers below n, drawn once by seed, rising."""
-    if n <= LISTED:
+    if n <= PERMUTED:
         return sorted(np.random.default_rng(seed).permutation(n)[:most].tolist())
     return sorted(shuffled(i, n, seed) for i in range(min(n, most)))
 
