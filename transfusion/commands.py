@@ -207,7 +207,7 @@ def declare_data(parser: argparse.ArgumentParser, with_config):
             what = f"the column of a table with {name}s; default {default}"
             p.add_argument(f"--{name}-column", default=default, help=what)
 
-    p = action("check", run_data_check, "Read sources, or what is built, and say what is usable, and what is wrong with the rest.")
+    p = action("check", run_data_check, "Read sources, or what is built, and say what is usable, and what is wrong.")
     with_sources(p)
 
     p = action("build", run_data_build, "Index and tokenise sources into a folder that training reads in place.")
