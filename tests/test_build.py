@@ -182,7 +182,7 @@ def test_documents_name_members_of_tars_and_tables_hold_their_images(tmp_path, t
     folder = write_documents(tmp_path / "docs")
     lines = [json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()]
     files = {p.name: p.read_bytes() for p in folder.glob("*.png")}
-    write_tar(tmp_path / "tarred" / "deep" / "0.tar", files)
+    write_tar(tmp_path / "tarred" / "deep" / "0.tar", {f"./{name}": data for name, data in files.items()})
     rows, named = [], []
     for line in lines:
         segments = [{"text": s} if isinstance(s, str) else s for s in line["segments"]]
@@ -192,7 +192,8 @@ def test_documents_name_members_of_tars_and_tables_hold_their_images(tmp_path, t
         rows.append([{**empty, **s, **({"image": files[s["image"]]} if "image" in s else {})} for s in segments])
     (tmp_path / "tarred" / "documents.jsonl").write_text("".join(named))
     splits = [line["split"] if line["split"] != "train" else None for line in lines]
-    write_table(tmp_path / "table" / "d.parquet", segments=rows, split=splits, to=[line.get("to") for line in lines])
+    more = {"to": [line.get("to") for line in lines], "icon": [picture()] * len(lines)}  # bytes are no info
+    write_table(tmp_path / "table" / "d.parquet", segments=rows, split=splits, **more)
     for name in ("tarred", "table"):
         build("documents", [str(tmp_path / name)], tmp_path / f"built-{name}")
         images, found = load_built_documents(tmp_path / f"built-{name}", SIZES, tokenizer)
@@ -254,7 +255,7 @@ def test_a_second_build_does_what_is_new_and_no_more(tiny, tmp_path, capsys):
     os.utime(more, ns=(1, 1))  # changed, for all that can be known
     build("images", [*sources, str(more)], tmp_path / "built")
     assert len(list((tmp_path / "built" / "parts").iterdir())) == 4  # none of what it was before
-    with pytest.raises(ValueError, match="holds images of format 1: name another folder"):
+    with pytest.raises(ValueError, match="holds images of format 2: name another folder"):
         build("text", [str(tiny / "texts")], tmp_path / "built")
 
 

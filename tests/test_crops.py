@@ -4,13 +4,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from transfusion.data.arrays import Held
+from transfusion.data.build import build
 from transfusion.data.crops import CropConfig, Crops, build_crops
 
 
 def crops(n=6, side=10, **fields) -> Crops:
     """Image i is a ramp of bytes that begins at 5 i, no two places of it alike."""
     ramp = np.arange(side * side, dtype=np.uint8).reshape(side, side, 1).repeat(3, 2)
-    return Crops(CropConfig(**fields), {"train": np.stack([ramp + np.uint8(5 * i) for i in range(n)])})
+    return Crops(CropConfig(**fields), {"train": Held([ramp + np.uint8(5 * i) for i in range(n)])})
 
 
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
@@ -35,7 +37,7 @@ def test_a_crop_is_a_square_of_the_image_anywhere_in_it():
     for k in range(600):
         image = c.image(0, k)
         top, left = divmod(int(image[0, 0, 0]), 10)
-        np.testing.assert_array_equal(image, c.splits["train"][0, top : top + 4, left : left + 4])
+        np.testing.assert_array_equal(image, c.splits["train"][0][top : top + 4, left : left + 4])
         corners.add((top, left))
     assert {(0, 0), (6, 6)} <= corners and len(corners) == 49
 
@@ -51,7 +53,7 @@ def test_channels_change_places_in_every_way_as_often_as_asked_for():
     image = np.tile(np.array([1, 2, 3], np.uint8), (1, 4, 4, 1))
     orders = {}
     for share in (0.0, 0.5, 1.0):
-        c = Crops(CropConfig(image_size=4, recolour=share), {"train": image})
+        c = Crops(CropConfig(image_size=4, recolour=share), {"train": Held(image)})
         found = [c.image(0, k) for k in range(200)]
         assert all((one == one[0, 0]).all() for one in found)
         orders[share] = [tuple(one[0, 0].tolist()) for one in found]
@@ -62,7 +64,7 @@ def test_channels_change_places_in_every_way_as_often_as_asked_for():
 def test_centres_are_the_middle_of_images_spread_over_the_split():
     c = crops(image_size=4)
     found = c.centres("train", 3)
-    np.testing.assert_array_equal(found, c.splits["train"][[0, 2, 5], 3:7, 3:7])
+    np.testing.assert_array_equal(found, [c.splits["train"][i][3:7, 3:7] for i in (0, 2, 5)])
     assert len(c.centres("train", 99)) == 6
 
 
@@ -73,7 +75,7 @@ def test_pictures_need_no_captions_and_some_are_held_out(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     c, reports = build_crops(CropConfig((str(tmp_path),), image_size=6, load_size=8))
     assert len(c.splits["train"]) + len(c.splits["held_out_image"]) == 60 and len(c.splits["held_out_image"]) > 0
-    assert c.splits["train"].shape[1:] == (8, 8, 3)
+    assert c.splits["train"][0].shape == (8, 8, 3)
     (report,) = reports.values()
     assert report.skipped == {"broken or unknown image": ["broken.png"]}
 
@@ -95,3 +97,37 @@ def test_a_folder_without_a_picture_is_refused_with_the_remedy(tmp_path):
 def test_wrong_fields_are_refused_with_the_remedy(fields, remedy):
     with pytest.raises(ValueError, match=remedy):
         CropConfig(**fields)
+
+
+def test_a_built_folder_is_cut_as_the_folder_it_was_built_of(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(25):
+        pixels = PIL.Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))
+        pixels.save(tmp_path / "in" / f"{i:02}.png")
+        (tmp_path / "in" / f"{i:02}.txt").write_text("noise")
+    build("images", [str(tmp_path / "in")], tmp_path / "built")
+    sizes = {"image_size": 8, "load_size": 10, "flips": 0.5}
+    memory, built = (build_crops(CropConfig(images=(str(tmp_path / n),), **sizes))[0] for n in ("in", "built"))
+    assert {split: len(of) for split, of in built.splits.items()} == {s: len(of) for s, of in memory.splits.items()}
+    np.testing.assert_array_equal(memory.batch(1, 2, 20), built.batch(1, 2, 20))
+    for split in memory.splits:
+        np.testing.assert_array_equal(memory.centres(split, 5), built.centres(split, 5))
+
+
+def test_an_image_that_cannot_be_read_gives_its_turn_to_the_next(monkeypatch):
+    c, whole = crops(image_size=10), crops(image_size=10)
+    images = c.splits["train"]
+    reads, gone = images.read, {3}
+    monkeypatch.setattr(
+        images, "read", lambda numbers: ["gone" if i in gone else x for i, x in zip(numbers, reads(numbers))]
+    )
+    found, all_of = ([one.image(7, k) for k in range(7)] for one in (c, whole))
+    (at,) = (k for k in range(6) if all_of[k][0, 0, 0] == 15)
+    assert all((a == b).all() for k, (a, b) in enumerate(zip(found, all_of)) if k not in (at, 6))
+    assert found[at][0, 0, 0] == all_of[at + 1][0, 0, 0]
+    gone |= set(range(6))
+    with pytest.raises(
+        ValueError, match=r"100 images in turn cannot be read .gone.: see `transfusion data check images`"
+    ):
+        c.image(7, 0)

@@ -49,7 +49,7 @@ def built(tmp_path, monkeypatch) -> Path:
 
 
 def test_latents_are_those_of_the_codec_image_by_image(built):
-    folder = encode_built(built, CODEC, SIZES)
+    folder, _ = encode_built(built, CODEC, SIZES)
     for split in load_built_images(built, SIZES, load_tokenizer()).values():
         latents = load_latents(split.images, CODEC)
         assert len(latents) == len(split.images)
@@ -67,7 +67,7 @@ def test_latents_are_those_of_the_codec_image_by_image(built):
 
 
 def test_what_a_kill_left_undone_is_encoded_and_nothing_else(built):
-    folder = encode_built(built, CODEC, SIZES)
+    folder, _ = encode_built(built, CODEC, SIZES)
     whole, calls = tree(folder), []
     counted = replace(CODEC, encode=lambda images: calls.append(len(images)) or halved(images))
     encode_built(built, counted, SIZES)
@@ -131,8 +131,8 @@ def test_text_has_nothing_to_encode(tmp_path):
 
 
 def test_what_could_not_be_read_for_a_moment_is_encoded_by_the_next_call(built, tmp_path, monkeypatch):
-    whole = tree(encode_built(built, CODEC, SIZES))
-    folder, calls = encode_built(built, replace(CODEC, key="2"), SIZES), []
+    whole = tree(encode_built(built, CODEC, SIZES)[0])
+    (folder, _), calls = encode_built(built, replace(CODEC, key="2"), SIZES), []
     shutil.rmtree(folder)
     reads = built_module.read_spans
 
@@ -145,10 +145,40 @@ def test_what_could_not_be_read_for_a_moment_is_encoded_by_the_next_call(built, 
         with pytest.raises(ValueError, match=r"^[1-5] images of .* could not be read .*: see that .* call this again"):
             encode_built(built, replace(CODEC, key="2"), SIZES)
     assert len(list(folder.glob("0*.json"))) == 4 and not (folder / "latents.json").exists()
-    assert tree(encode_built(built, replace(CODEC, key="2"), SIZES)) == whole
+    assert tree(encode_built(built, replace(CODEC, key="2"), SIZES)[0]) == whole
 
 
 def test_a_folder_whose_tar_is_gone_is_not_encoded(built, tmp_path):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(ValueError, match="is gone or has changed: build the data anew"):
         encode_built(built, CODEC, SIZES)
+
+
+def test_an_image_that_has_changed_asks_for_a_new_build(built, tmp_path):
+    tar = bytearray((tmp_path / "a.tar").read_bytes())
+    tar[int(every_image(built, SIZES).record(7)["offset"]) + 50] ^= 1
+    (tmp_path / "a.tar").write_bytes(tar)
+    with pytest.raises(ValueError, match=r"^1 images .*\(image 7: bytes that have changed .*\): build it anew"):
+        encode_built(built, CODEC, SIZES)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_ranks_encode_what_one_encodes_each_block_once(built, order):
+    whole, calls = tree(encode_built(built, CODEC, SIZES)[0]), []
+    other = replace(CODEC, key="2", encode=lambda images: calls.append(len(images)) or halved(images))
+    missing = [encode_built(built, other, SIZES, rank=rank, ranks=3)[1] for rank in order]
+    assert missing[2] == 0 and missing[0] + len(range(order[0], 5, 3)) == 5
+    found = encode_built(built, other, SIZES)
+    assert found[1] == 0 and tree(found[0]) == whole and sum(calls) == 70
+
+
+def test_two_processes_that_encode_the_same_disturb_neither(built):
+    whole, began = tree(encode_built(built, CODEC, SIZES)[0]), []
+
+    def with_another(images: np.ndarray) -> np.ndarray:
+        if not began:  # the other does everything while this one is in its first block
+            began.append(encode_built(built, replace(CODEC, key="2"), SIZES))
+        return halved(images)
+
+    folder, _ = encode_built(built, replace(CODEC, key="2", encode=with_another), SIZES)
+    assert began == [(folder, 0)] and tree(folder) == whole

@@ -18,6 +18,7 @@ from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import cosine
 from transfusion.evals import drawing
 from transfusion.evals.captions import evaluate_captions
+from transfusion.evals.config import PERMUTED, candidates, chosen
 from transfusion.evals.denoising import denoising_errors, derangement, evaluate_denoising, fixed_noise
 from transfusion.evals.documents import evaluate_documents
 from transfusion.evals.drawing import carriers, chance, evaluate_drawing, ranks, squared_distances
@@ -351,7 +352,7 @@ def test_drawings_count_for_every_image_that_carries_the_caption_or_looks_like_o
     train = corpus.captions["train"]
     corpus.captions["held_out_image"].texts[0].append(train.texts[0][0])  # as its second caption
     train.images.arrays[3] = train.images[1]
-    right = carriers(corpus, [own[0] for own in train.texts])
+    right = carriers(list(candidates(corpus, EvalConfig())), [own[0] for own in train.texts])
     assert right.tolist() == [[1, 0, 0, 0, 1], [0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
     real = all_images(corpus)
     found = dict(evaluate_drawing(drawer(corpus, lambda i: real[[4, 3, 2, 1, 4][i]]), corpus, EvalConfig()))
@@ -501,3 +502,27 @@ def test_the_config_is_read_from_overrides_and_refuses_what_makes_no_sense():
     for bad in (["batch=0"], ["times=2"], ["n_images=-1"]):
         with pytest.raises(ValueError, match=bad[0].split("=")[0]):
             load_config(EvalConfig, None, bad)
+
+
+def test_of_many_images_some_stand_for_all_those_looked_at_among_them(monkeypatch):
+    corpus = make_corpus(train=30, held_out=9)
+    every = [c.image.tobytes() for c in candidates(corpus, EvalConfig())]
+    assert every == [image.tobytes() for image in all_images(corpus)]
+    config = EvalConfig(n_captions=4, n_candidates=12)
+    for listed in (PERMUTED, 5):  # by a permutation, and without one
+        monkeypatch.setattr("transfusion.evals.config.PERMUTED", listed)
+        some_of_all = [c.image.tobytes() for c in candidates(corpus, config)]
+        assert some_of_all == [image for image in every if image in some_of_all] and 12 <= len(some_of_all) <= 12 + 10
+        looked_at = [corpus.captions[split].images[i] for split, own in chosen(corpus, 4, 0) for i in own]
+        assert len(looked_at) == 10 and {image.tobytes() for image in looked_at} <= set(some_of_all)
+        found = dict(evaluate_drawing(drawer(corpus, lambda i: all_images(corpus)[i]), corpus, config))
+        assert found["drawing/train/pixel_top1"] == 1
+        assert found["drawing/train/chance_top1"] == pytest.approx(1 / len(some_of_all))
+
+
+def test_images_that_cannot_be_read_are_passed_over(monkeypatch):
+    corpus = make_corpus(train=6)
+    images = corpus.captions["train"].images
+    monkeypatch.setattr(images, "read", lambda numbers: ["gone" if i == 2 else images[i] for i in numbers])
+    assert dict(chosen(corpus, 99, 0))["train"] == [0, 1, 3, 4, 5]
+    assert len(list(candidates(corpus, EvalConfig()))) == 10

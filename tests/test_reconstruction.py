@@ -15,6 +15,7 @@ from transfusion.checkpoint import latest_checkpoint
 from transfusion.cli import main
 from transfusion.codec.codec import PIXELS
 from transfusion.codec.load import load_codec
+from transfusion.data.arrays import Held
 from transfusion.data.crops import CropConfig, Crops
 from transfusion.evals import reconstruction
 from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
@@ -36,7 +37,7 @@ def trained(config) -> Path:
 def crops() -> Crops:
     rng = np.random.default_rng(0)
     splits = {name: rng.integers(0, 256, (n, 16, 16, 3), np.uint8) for name, n in (("train", 6), ("held_out_image", 3))}
-    return Crops(CropConfig(image_size=16), splits)
+    return Crops(CropConfig(image_size=16), {split: Held(images) for split, images in splits.items()})
 
 
 def test_a_codec_that_loses_nothing_has_no_error_and_one_that_is_off_by_four_has_that():

@@ -1,6 +1,9 @@
 import os
+import threading
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from shard_files import picture, write_tar
 
 from transfusion.data.shards import braces, find_shards
@@ -73,3 +76,22 @@ def test_a_source_that_is_none_is_refused_with_what_would_be_one(tmp_path, kind)
             find_shards(kind, str(tmp_path / source))
     with pytest.raises(ValueError, match="choose one of images, text, documents"):
         find_shards("sounds", str(tmp_path))
+
+
+def test_shards_elsewhere_are_asked_for_side_by_side_and_a_folder_by_its_list(monkeypatch):
+    store, together = fsspec.filesystem("memory"), threading.Barrier(4)
+    store.pipe({f"/shards/{i}.tar": b"x" * i for i in range(1, 5)})
+    asks = MemoryFileSystem.info
+
+    def info(self, path, **options):
+        together.wait(timeout=20)  # which one after the other would never pass
+        return asks(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    try:
+        one_by_one = find_shards("images", "memory://shards/{1..4}.tar")
+        monkeypatch.setattr(MemoryFileSystem, "info", None)  # of files of a folder nothing more is asked
+        assert find_shards("images", "memory://shards") == one_by_one and [s.bytes for s in one_by_one] == [1, 2, 3, 4]
+    finally:
+        monkeypatch.undo()
+        store.rm("/shards", recursive=True)

@@ -78,6 +78,19 @@ def test_the_same_is_left_out_for_its_length(data, seq_len):
     assert (len(memory.captions["train"].images), seq_len) in ((22, 24), (22, 40), (22, 64), (23, 400))
 
 
+def test_of_much_that_is_left_out_the_first_names_are_kept_and_all_counted(data, monkeypatch):
+    monkeypatch.setattr("transfusion.data.report.LISTED", 1)
+    monkeypatch.setattr("transfusion.data.built.SCANNED", 5)  # so that both are looked at in parts
+    config = config_of(data / "built", conditioning="clean")
+    _, reports = build_corpus(config, TOKENIZER, PIXELS, FMT, 24)
+    _, everything = build_corpus(config_of(data, conditioning="clean"), TOKENIZER, PIXELS, FMT, 24)
+    some, every = ([v for k, v in r.items() if k.startswith("documents")].pop() for r in (reports, everything))
+    ((reason, names),) = every.skipped.items()
+    assert len(names) > 3 and some.skipped == {reason: names[:1]} and some.unnamed == {reason: len(names) - 1}
+    assert some.kept == every.kept and f"{len(names)} x {reason}: {names[0]}, and " in some.summary()
+    assert some.names() == f"  {reason}\n    {names[0]}\n    and {len(names) - 1} more\n"
+
+
 def test_workers_read_what_the_process_itself_reads(data):
     alone, helped = (batches(config_of(data / "built"), 6, workers=n) for n in (0, 2))
     assert all(same(a, b) for a, b in zip(alone, helped))

@@ -128,3 +128,11 @@ def test_a_tar_written_here_is_the_same_each_time_and_is_read_as_others_are(tmp_
     assert [bytes_at(tmp_path / "a.tar", s) for s in samples] == images
     assert [s.captions for s in samples] == [[f"image {i}", "another"] for i in range(3)]
     assert (samples[0].picture.height, samples[0].picture.width) == (30, 20)  # upright
+
+
+def test_a_member_is_called_the_same_whether_its_tar_says_where_it_lies_or_not(tmp_path):
+    files = {"./a.png": picture(), "./a.txt": "a", "b/../deep/./c.png": picture("blue"), "deep/c.txt": "c"}
+    path = write_tar(tmp_path / "a.tar", files)
+    samples, left = read(path)
+    assert [(s.name, s.captions) for s in samples] == [("a", ["a"]), ("deep/c", ["c"])] and left == []
+    assert list(find_members(str(path))) == ["a.png", "a.txt", "deep/c.png", "deep/c.txt"]

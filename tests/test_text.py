@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from transfusion.data.text import load_text, split_documents
+from transfusion.data.text import load_text, split_texts
 
 
 def jsonl(path, *records):
@@ -28,7 +28,7 @@ def test_a_long_document_without_a_space_is_cut_anyway(tmp_path):
 
 def test_of_a_handful_of_books_each_keeps_most_of_its_text_for_training():
     books = [f"{name} " * 1000 for name in ("one", "two", "three")] + ["a short note"]
-    train, held_out = split_documents(books)
+    train, held_out = split_texts(books)
     assert len(train) == 4 and len(held_out) == 3
     assert sum(map(len, train)) > 0.9 * sum(map(len, books))
     assert "".join(train) != "" and sorted("".join(train + held_out)) == sorted("".join(books))
@@ -36,22 +36,22 @@ def test_of_a_handful_of_books_each_keeps_most_of_its_text_for_training():
 
 def test_many_documents_are_held_out_whole_and_copies_stay_together():
     documents = [f"document {i}" for i in range(2000)]
-    train, held_out = split_documents(documents + documents)
+    train, held_out = split_texts(documents + documents)
     assert 60 < len(set(held_out)) < 140
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(documents + documents)
-    assert set(split_documents(documents)[1]) == set(held_out)
+    assert set(split_texts(documents)[1]) == set(held_out)
 
 
 @pytest.mark.parametrize("n", [2, 5, 20, 30])
 def test_at_least_one_of_several_documents_is_held_out_and_never_all(n):
-    train, held_out = split_documents([f"note {i}" for i in range(n)])
+    train, held_out = split_texts([f"note {i}" for i in range(n)])
     assert held_out and train
 
 
 def test_one_short_document_or_copies_of_it_are_trained_on():
-    assert split_documents(["a note"]) == (["a note"], [])
-    assert split_documents(["a note"] * 3) == (["a note"] * 3, [])
+    assert split_texts(["a note"]) == (["a note"], [])
+    assert split_texts(["a note"] * 3) == (["a note"] * 3, [])
 
 
 def test_a_folder_holds_texts_and_json_lines_at_any_depth(tmp_path):

@@ -207,7 +207,7 @@ def declare_data(parser: argparse.ArgumentParser, with_config):
             what = f"the column of a table with {name}s; default {default}"
             p.add_argument(f"--{name}-column", default=default, help=what)
 
-    p = action("check", run_data_check, "Read sources and say what is usable, and what is wrong with the rest.")
+    p = action("check", run_data_check, "Read sources, or what is built, and say what is usable, and what is wrong.")
     with_sources(p)
 
     p = action("build", run_data_build, "Index and tokenise sources into a folder that training reads in place.")
@@ -346,9 +346,15 @@ def run_data_encode(args):
             f"{args.config} names no built images: build them by `transfusion data build images SOURCE --out FOLDER`, "
             "and say data.images=FOLDER"
         )
-    codec, codes = load_codec(config.data.codec, pick_device(config.device)), config.model.patches == "codes"
-    for folder in folders:
-        print(f"{folder}: latents in {encode_built(folder, codec, config.data.sizes, codes)}")
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(config.device)
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # as a run does: each rank of torchrun has a GPU of its own
+    codec, codes = load_codec(config.data.codec, device), config.model.patches == "codes"
+    with nullcontext() if leads() else redirect_stdout(None):
+        for folder in folders:
+            latents, missing = encode_built(folder, codec, config.data.sizes, codes, rank, ranks)
+            print(f"{folder}: {f'{missing} blocks to come from others' if missing else 'latents'} in {latents}")
 
 
 def run_tokenize(args):

@@ -10,6 +10,7 @@ whoever needs the room may delete FOLDER/parts.
 """
 
 import fcntl
+import heapq
 import json
 import os
 import shutil
@@ -22,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from transfusion.data.built import FORMAT
-from transfusion.data.images import held_out_hashes
-from transfusion.data.mapped import DATASET, Growing
+from transfusion.data import images
+from transfusion.data.built import files_of
+from transfusion.data.images import MIN_FOR_HELD_OUT
+from transfusion.data.mapped import DATASET, FORMAT, Growing, fingerprint, publish
 from transfusion.data.parts import (
     KEPT,
     SPLITS,
@@ -39,11 +41,12 @@ from transfusion.data.processes import side_by_side
 from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import texts
 from transfusion.data.shards import Shard, find_shards
-from transfusion.data.split import lowest
+from transfusion.data.split import limit_of, within
 from transfusion.data.storage import has_size
-from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_documents
+from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_texts
 
 Part = tuple[Shard, Path, dict[str, Any]]
+AT_ONCE = 1 << 20  # records that are in memory at a time
 
 
 def build(
@@ -77,7 +80,7 @@ def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, wo
             {k: s[k] for k in KNOWN} for s in there["shards"] if "problem" not in s
         ]
         same &= there["tokenizer"] == tokenizer_key(tokenizer) and there["columns"] == list(columns)
-        if same and all(has_size(recipe.out, *tar) for tar in there.get("tars", [])):
+        if same and all(has_size(out, *file) for file in files_of(there)):
             print(f"{out} is built of these sources already")
             return there
     made = list(make_parts(shards, recipe, workers))
@@ -103,16 +106,18 @@ def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, wo
         "columns": list(columns),
         "tokenizer": tokenizer_key(tokenizer),
         **found,
+        "files": {path.name: fingerprint(path) for path in sorted(new.iterdir())},
         "skipped": dict(sorted(left.items())),
         "shards": described,
     }
     with (new / "skipped.jsonl").open("wb") as all_left:
         for _, folder, _ in parts:
-            all_left.write((folder / "skipped.jsonl").read_bytes())
+            with (folder / "skipped.jsonl").open("rb") as left_of_part:
+                shutil.copyfileobj(left_of_part, all_left)
     (new / DATASET).write_text(json.dumps(dataset, indent=1) + "\n")
     file.unlink(missing_ok=True)  # not before: a build that fails leaves the folder as it was
     for path in sorted(new.iterdir(), key=lambda path: path.name == DATASET):  # the last of them says that it is whole
-        os.replace(path, out / path.name)
+        publish(path, out / path.name)
     tidy(out, {folder.name for _, folder, _ in parts} | {Path(url).name for url, _ in found.get("tars", [])})
     print(f"{out}: {account(shards, made)}")
     return dataset
@@ -159,6 +164,12 @@ def load(folder: Path, name: str) -> np.ndarray:
     return np.load(folder / f"{name}.npy", mmap_mode="r")
 
 
+def blocks(folder: Path, name: str) -> Iterator[np.ndarray]:
+    """The records of a part, some at a time, to be changed at will."""
+    records = load(folder, name)
+    yield from (np.array(records[i : i + AT_ONCE]) for i in range(0, len(records), AT_ONCE))
+
+
 def join(parts: list[Part], name: str, out: Path) -> list[int]:
     """One array of all parts, one behind the other; where each begins."""
     arrays = [load(folder, name) for _, folder, _ in parts]
@@ -175,10 +186,12 @@ def join_starts(parts: list[Part], bases: list[int], out: Path) -> list[int]:
     with Growing(out / "starts.npy", "<u8") as whole:
         numbers, end = [], 0
         for (_, folder, _), base in zip(parts, bases):
-            starts = load(folder, "starts") + np.uint64(base)
             numbers.append(whole.n)
-            whole.append(starts[:-1])
-            end = int(starts[-1])
+            left = len(load(folder, "starts")) - 1  # the last says where they end
+            for starts in blocks(folder, "starts"):
+                starts += np.uint64(base)
+                whole.append(starts[:left])
+                left, end = left - len(starts), int(starts[-1])
         whole.append([end])
     return numbers
 
@@ -190,27 +203,28 @@ def join_tars(parts: list[Part]) -> tuple[list[list[Any]], list[np.ndarray]]:
     return [list(tar) for tar in number], [np.array(numbers, np.uint32) for numbers in of_part]
 
 
-def choose(parts: list[Part], n_splits: int) -> list[np.ndarray]:
-    """Of each part the split of each of its things, a number: what none was given for is held out by its hash."""
-    choices = [load(folder, "choice") for _, folder, _ in parts]
-    every = np.concatenate(choices)
-    free = every["split"] == 0
-    split = every["split"].astype(np.int64) - 1
-    split[free] = held_out_hashes(every["hash"][free])  # 1, the first split that is held out
-    assert (split < n_splits).all()
-    return np.split(split, np.cumsum([len(c) for c in choices])[:-1])
+def drawn(parts: list[Part]) -> Iterator[np.ndarray]:
+    """The hashes of the things whose split is not given, some at a time."""
+    for _, folder, _ in parts:
+        yield from (choice["hash"][choice["split"] == 0] for choice in blocks(folder, "choice"))
 
 
 def by_split(parts: list[Part], kind: str, name: str, out: Path, moved) -> dict[str, list[int]]:
     """Writes the records of all parts, `moved(part number, records)`, by split; [first, behind the last] of each."""
-    splits, chosen = {}, choose(parts, len(SPLITS[kind]))
+    splits, limit = {}, limit_of(drawn(parts), images.HELD_OUT_SHARE, MIN_FOR_HELD_OUT)
     with Growing(out / f"{name}.npy", load(parts[0][1], name).dtype) as whole:
         for code, split in enumerate(SPLITS[kind]):
             first = whole.n
             for p, (_, folder, _) in enumerate(parts):
-                whole.append(moved(p, load(folder, name)[chosen[p] == code]))
+                for records, choice in zip(blocks(folder, name), blocks(folder, "choice")):
+                    whole.append(moved(p, records[split_of(choice, limit) == code]))
             splits[split] = [first, whole.n]
     return splits
+
+
+def split_of(choice: np.ndarray, limit: int) -> np.ndarray:
+    """The number of the split of each: the one given, else 1, the first that is held out, or 0 by its hash."""
+    return np.where(choice["split"] > 0, choice["split"].astype(np.int64) - 1, within(choice["hash"], limit))
 
 
 def merge_images(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -232,17 +246,17 @@ def merge_documents(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, A
     pictures, segments = [], []
     with Growing(out / "images.npy", load(parts[0][1], "images").dtype) as whole:
         for p, (_, folder, _) in enumerate(parts):
-            records = np.array(load(folder, "images"))
-            records["tar"] = of_part[p][records["tar"]] if len(records) else 0
-            records["name"] += np.uint64(letters[p])
             pictures.append(whole.n)
-            whole.append(records)
+            for records in blocks(folder, "images"):
+                records["tar"] = of_part[p][records["tar"]]
+                records["name"] += np.uint64(letters[p])
+                whole.append(records)
     with Growing(out / "segments.npy", load(parts[0][1], "segments").dtype) as whole:
         for p, (_, folder, _) in enumerate(parts):
-            records = np.array(load(folder, "segments"))
-            records["number"] += np.where(records["image"], pictures[p], spoken[p]).astype(np.uint64)
             segments.append(whole.n)
-            whole.append(records)
+            for records in blocks(folder, "segments"):
+                records["number"] += np.where(records["image"], pictures[p], spoken[p]).astype(np.uint64)
+                whole.append(records)
 
     def moved(p: int, records: np.ndarray) -> np.ndarray:
         records["first"] += np.uint64(segments[p])
@@ -257,32 +271,36 @@ def merge_text(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
     n, longest = sum(part["samples"] for *_, part in parts), max(part["longest"] for *_, part in parts)
     if n < HANDFUL and longest >= LONG:  # held out by their ends, for which they are read once more
         return few_texts(parts, recipe, out)
-    hashes = [load(folder, "choice")["hash"] for _, folder, _ in parts]
-    apart = lowest(np.concatenate(hashes), HELD_OUT_SHARE)
-    if apart.all():
-        apart[:] = False
-    limit = int(np.concatenate(hashes)[apart].max()) if apart.any() else -1
+    limit = limit_of(drawn(parts), HELD_OUT_SHARE)
+    if (apart := sum(int(within(hashes, limit).sum()) for hashes in drawn(parts))) == n:
+        apart, limit = 0, -1
     with Growing(out / "ids.npy", load(parts[0][1], "ids").dtype) as whole:
-        for (_, folder, _), mine in zip(parts, np.split(apart, np.cumsum([len(h) for h in hashes])[:-1])):
-            ids, starts = load(folder, "ids"), load(folder, "starts")
-            edges = np.flatnonzero(np.diff(mine, prepend=True, append=True))  # from one held out to the next
-            for a, b in zip(edges[::2], edges[1::2]):
-                whole.append(ids[int(starts[a]) : int(starts[b])])
-    kept = [
-        (line["hash"], p, line["number"], line["text"])
-        for p, (_, folder, _) in enumerate(parts)
-        for line in map(json.loads, (folder / "held_out.jsonl").read_text().splitlines())
-        if line["hash"] <= limit
-    ]
-    kept = sorted(kept)[:KEPT]
+        for _, folder, _ in parts:
+            ids, starts, first = load(folder, "ids"), load(folder, "starts"), 0
+            for choice in blocks(folder, "choice"):
+                mine = within(choice["hash"], limit)
+                edges = first + np.flatnonzero(np.diff(mine, prepend=True, append=True))  # between those held out
+                for a, b in zip(edges[::2], edges[1::2]):
+                    whole.append(ids[int(starts[a]) : int(starts[b])])
+                first += len(choice)
+    kept = heapq.nsmallest(KEPT, held_out_texts(parts, limit))
     write_held_out([text for *_, text in sorted(kept, key=lambda k: k[1:3])], out)
-    return {"tokens": whole.n, "documents": {"train": int((~apart).sum()), "held_out": int(apart.sum()), "all": n}}
+    return {"tokens": whole.n, "documents": {"train": n - apart, "held_out": apart, "all": n}}
+
+
+def held_out_texts(parts: list[Part], limit: int) -> Iterator[tuple[int, int, int, str]]:
+    """(hash, part, number, text) of those that the parts keep."""
+    for p, (_, folder, _) in enumerate(parts):
+        with (folder / "held_out.jsonl").open() as lines:
+            for line in map(json.loads, lines):
+                if line["hash"] <= limit:
+                    yield line["hash"], p, line["number"], line["text"]
 
 
 def few_texts(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
     found = [item for shard, *_ in parts for item in texts(shard, recipe.columns.text)]
     every = [item[1] for item in found if not isinstance(item, Left)]
-    train, apart = split_documents(every)
+    train, apart = split_texts(every)
     tokenizer = tokenizer_at(recipe.tokenizer)
     with Growing(out / "ids.npy", id_type(tokenizer)) as whole:
         for text in train:

@@ -1,6 +1,7 @@
 """Data that `transfusion data build` has built, read in place: nothing is loaded, whatever its size.
 
-    FOLDER/dataset.json     format, kind, tokenizer; of images and documents: tars, and splits as ranges of records
+    FOLDER/dataset.json     format, kind, tokenizer; bytes and checksum of every file; of images and documents: tars,
+                            and splits as ranges of records
            images.npy       a record an image: where its bytes lie, how large it is, its captions, its name
            starts.npy  ids.npy      text j, a caption or a segment, is ids[starts[j]:starts[j+1]]; of text: ids alone
            letters.npy      names, and infos of documents
@@ -23,36 +24,49 @@ import numpy as np
 from transfusion.codec.codec import Codec
 from transfusion.data.encoded import load_latents
 from transfusion.data.images import Size, bucket_of, decode
-from transfusion.data.mapped import DATASET, Mapped
+from transfusion.data.mapped import DATASET, FORMAT, Mapped
 from transfusion.data.storage import Span, has_size, is_remote, read_spans
 from transfusion.tokenizer import Tokenizer
 
-FORMAT = 1
 CHANGED = "bytes that have changed since it was built"
-SCANNED = 1 << 20  # images whose records are looked at together
+SCANNED = 1 << 18  # images, or documents, whose records are looked at together
 
 
 def is_built(path: str | Path) -> bool:
     return (Path(path).expanduser() / DATASET).is_file()
 
 
-def read_dataset(path: str | Path, kind: str = "", tokenizer: Tokenizer | None = None) -> tuple[Path, dict[str, Any]]:
-    """(folder, its dataset.json); ValueError where it is not what was asked for (any kind and tokenizer by default), or
-    where a tar of it is gone or changed."""
+def described(path: str | Path, kind: str = "") -> tuple[Path, dict[str, Any]]:
+    """(folder, its dataset.json), of any kind by default; ValueError where it is of another kind or format."""
     folder = Path(path).expanduser().absolute()
-    dataset = json.loads((folder / DATASET).read_text())
+    try:
+        dataset = json.loads((folder / DATASET).read_text())
+    except ValueError:
+        raise ValueError(f"{folder / DATASET} is broken: remove it, and build the data anew") from None
     if dataset["format"] != FORMAT:
         raise ValueError(f"{folder} has format {dataset['format']}, and {FORMAT} is read: build it anew")
     if kind and dataset["kind"] != kind:
         raise ValueError(f"{folder} holds {dataset['kind']}: name it as data.{dataset['kind']}, not as data.{kind}")
+    return folder, dataset
+
+
+def read_dataset(path: str | Path, kind: str = "", tokenizer: Tokenizer | None = None) -> tuple[Path, dict[str, Any]]:
+    """The same; ValueError also where it was built with another tokenizer (any by default), or where an array or a tar
+    of it is gone or has another size."""
+    folder, dataset = described(path, kind)
     if tokenizer and dataset["tokenizer"] != tokenizer.key:
         raise ValueError(
             f"{folder} was built with another tokenizer: build it with --tokenizer FILE, the one of data.tokenizer"
         )
-    for url, size in dataset.get("tars", []):
+    for url, size in files_of(dataset):
         if not has_size(folder, url, size):
-            raise ValueError(f"the tar {folder / url} of {folder} is gone or has changed: build the data anew")
+            raise ValueError(f"{folder / url} of {folder} is gone or has changed: build the data anew")
     return folder, dataset
+
+
+def files_of(dataset: dict[str, Any]) -> list[tuple[str, int]]:
+    """(address, bytes) of all that is read in place."""
+    return [*((name, size) for name, (size, _) in dataset["files"].items()), *map(tuple, dataset.get("tars", []))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,20 +117,17 @@ class TarImages(Sequence):
         record = self.record(i)
         return bucket_of(int(record["width"]), int(record["height"]), self.sizes)
 
-    def closest(self) -> np.ndarray:
-        """int16 [n]: which of the sizes each of the images has, those left out included."""
-        sizes, found = np.array(self.sizes), np.empty(self.rows.stop - self.rows.first, np.int16)
-        for part, records in self.blocks():
-            a = records["width"].astype(np.int64)[:, None] * sizes[:, 0]
-            b = records["height"].astype(np.int64)[:, None] * sizes[:, 1]
-            found[part] = (np.maximum(a, b) / np.minimum(a, b)).argmin(1)
-        return found
+    def closest(self, records: np.ndarray) -> np.ndarray:
+        """int64 [n]: which of the sizes each of the images of these records has."""
+        sizes = np.array(self.sizes)
+        a = records["width"].astype(np.int64)[:, None] * sizes[:, 0]
+        b = records["height"].astype(np.int64)[:, None] * sizes[:, 1]
+        return (np.maximum(a, b) / np.minimum(a, b)).argmin(1)
 
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Which, and their records, some at a time, those left out included."""
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The number of the first, and records, some at a time, those left out included."""
         for start in range(self.rows.first, self.rows.stop, SCANNED):
-            stop = min(start + SCANNED, self.rows.stop)
-            yield slice(start - self.rows.first, stop - self.rows.first), self.records[start:stop]
+            yield start - self.rows.first, self.records[start : min(start + SCANNED, self.rows.stop)]
 
     def read(self, numbers: Sequence[int]) -> list[np.ndarray | str]:
         """uint8 [h, w, 3] of each of these images, or why it cannot be had."""
@@ -180,17 +191,22 @@ class CaptionIds(Sequence):
 
     def lacking(self, rooms: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of images beside which no caption has room, and of those beside which some have none."""
-        closest, starts, none, some = self.images.closest(), self.ids.starts, [], []
-        for part, records in self.images.blocks():
+        starts, none, some = self.ids.starts, [], []
+        for first, records in self.images.blocks():
             counts = records["captions"].astype(np.int64)
-            begins = np.cumsum(counts) - counts
-            caption = np.repeat(records["first"].astype(np.int64) - begins, counts) + np.arange(counts.sum())
-            room = np.repeat(np.array(rooms)[closest[part]], counts)
+            caption, begins = runs(records["first"].astype(np.int64), counts)
+            room = np.repeat(np.array(rooms)[self.images.closest(records)], counts)
             ends = np.concatenate([[0], np.cumsum((starts[caption + 1] - starts[caption]).astype(np.int64) <= room)])
             fit = ends[begins + counts] - ends[begins]
-            none.append(part.start + np.flatnonzero(fit == 0))
-            some.append(part.start + np.flatnonzero((fit > 0) & (fit < counts)))
+            none.append(first + np.flatnonzero(fit == 0))
+            some.append(first + np.flatnonzero((fit > 0) & (fit < counts)))
         return tuple(np.concatenate(found) if found else np.zeros(0, np.int64) for found in (none, some))
+
+
+def runs(firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(firsts[0], firsts[0] + 1, ..., counts[0] of them, firsts[1], ...; where each of these runs begins)."""
+    begins = np.cumsum(counts) - counts
+    return np.repeat(firsts - begins, counts) + np.arange(counts.sum()), begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,36 +255,46 @@ def mapped_ids(folder: Path) -> Ids:
     return Ids(Mapped(folder / "ids.npy"), Mapped(folder / "starts.npy"))
 
 
-def load_built_images(path: str | Path, sizes: Sequence[Size], tokenizer: Tokenizer) -> dict[str, BuiltCaptions]:
+def images_of(folder: Path, dataset: dict[str, Any], sizes: Sequence[Size]) -> TarImages:
+    """All images of a built folder."""
+    records, tars = Mapped(folder / "images.npy"), tuple(url for url, _ in dataset["tars"])
+    return TarImages(folder, tars, records, Rows(0, len(records)), tuple(sizes))
+
+
+def images_by_split(
+    path: str | Path, sizes: Sequence[Size], tokenizer: Tokenizer | None = None
+) -> dict[str, TarImages]:
     """The captioned images of each split, in one of these sizes each; ValueError where the folder does not fit."""
     folder, dataset = read_dataset(path, "images", tokenizer)
-    tars, records, letters = (
-        tuple(url for url, _ in dataset["tars"]),
-        Mapped(folder / "images.npy"),
-        mapped_letters(folder),
-    )
-    return {
-        split: captions_of(TarImages(folder, tars, records, Rows(*span), tuple(sizes)), tokenizer, letters)
-        for split, span in dataset["splits"].items()
-    }
+    images = images_of(folder, dataset, sizes)
+    return {split: replace(images, rows=Rows(*span)) for split, span in dataset["splits"].items()}
 
 
-def captions_of(images: TarImages, tokenizer: Tokenizer, letters: Mapped, rooms: tuple[int, ...] = ()) -> BuiltCaptions:
+def load_built_images(path: str | Path, sizes: Sequence[Size], tokenizer: Tokenizer) -> dict[str, BuiltCaptions]:
+    """The same with their captions."""
+    return {split: captions_of(of, tokenizer) for split, of in images_by_split(path, sizes, tokenizer).items()}
+
+
+def captions_of(images: TarImages, tokenizer: Tokenizer, rooms: tuple[int, ...] = ()) -> BuiltCaptions:
     """All that belongs to these images, captions without room left out."""
     ids = CaptionIds(images, mapped_ids(images.folder), rooms)
-    return BuiltCaptions(images, CaptionTexts(ids, tokenizer), ids, Names(images, letters))
+    return BuiltCaptions(images, CaptionTexts(ids, tokenizer), ids, names_of(images))
+
+
+def names_of(images: TarImages) -> Names:
+    return Names(images, mapped_letters(images.folder))
 
 
 def mapped_letters(folder: Path) -> Mapped:
     return Mapped(folder / "letters.npy")
 
 
-def keep_fitting(found: BuiltCaptions, rooms: Sequence[int]) -> tuple[BuiltCaptions, list[str], list[str]]:
-    """(the images some caption of which has room beside them, the names of the others, those that lost a caption)."""
+def keep_fitting(found: BuiltCaptions, rooms: Sequence[int]) -> tuple[BuiltCaptions, np.ndarray, np.ndarray]:
+    """(the images some caption of which has room beside them, the numbers of the others in `found`, of those that lost
+    a caption)."""
     out, less = found.ids.lacking(rooms)
     images = replace(found.images, rows=found.images.rows.without(out))
-    named = [[found.names[i] for i in numbers] for numbers in (out, less)]
-    return captions_of(images, found.texts.tokenizer, found.names.letters, tuple(rooms)), *named
+    return captions_of(images, found.texts.tokenizer, tuple(rooms)), out, less
 
 
 def load_built_text(path: str | Path, tokenizer: Tokenizer) -> tuple[Mapped, list[str], dict[str, int]]:
@@ -314,21 +340,22 @@ class BuiltDocuments(Sequence):
     def longer(self, lengths: np.ndarray, images: TarImages, most: int) -> np.ndarray:
         """The numbers of documents of more than `most` positions, where an image of size s takes lengths[s, 1] if it
         is learned and something follows it, else lengths[s, 0]."""
-        segments, starts, records = self.segments.array, self.ids.starts, self.documents.array
-        last = np.zeros(len(segments), bool)
-        ends = records["first"].astype(np.int64) + records["segments"]
-        last[ends - 1] = True
-        sizes = np.zeros(len(segments), np.int64)
-        image = segments["image"] == 1
-        text = segments["number"][~image].astype(np.int64)
-        sizes[~image] = (starts[text + 1] - starts[text]).astype(np.int64)
-        followed = (segments["learn"] == 1) & ~last
-        sizes[image] = lengths[
-            images.closest()[segments["number"][image].astype(np.int64)], followed[image].astype(int)
-        ]
-        upto = np.concatenate([[0], np.cumsum(sizes)])
-        mine = slice(self.rows.first, self.rows.stop)
-        return np.flatnonzero(upto[ends[mine]] - upto[records["first"][mine].astype(np.int64)] > most)
+        starts, found = self.ids.starts, []
+        for at in range(self.rows.first, self.rows.stop, SCANNED):
+            records = self.documents[at : min(at + SCANNED, self.rows.stop)]
+            counts = records["segments"].astype(np.int64)
+            numbers, begins = runs(records["first"].astype(np.int64), counts)
+            segments = self.segments[numbers]
+            followed = segments["learn"] == 1
+            followed[(begins + counts - 1)[counts > 0]] = False
+            image, sizes = segments["image"] == 1, np.zeros(len(segments), np.int64)
+            text = segments["number"][~image].astype(np.int64)
+            sizes[~image] = (starts[text + 1] - starts[text]).astype(np.int64)
+            closest = images.closest(images.records[segments["number"][image].astype(np.int64)])
+            sizes[image] = lengths[closest, followed[image].astype(int)]
+            upto = np.concatenate([[0], np.cumsum(sizes)])
+            found.append(at - self.rows.first + np.flatnonzero(upto[begins + counts] - upto[begins] > most))
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def name(self, i: int) -> str:
         """File and line."""
@@ -341,9 +368,10 @@ def load_built_documents(
 ) -> tuple[TarImages, dict[str, BuiltDocuments]]:
     """(all images, the documents of each split); ValueError where the folder does not fit."""
     folder, dataset = read_dataset(path, "documents", tokenizer)
-    records = Mapped(folder / "images.npy")
-    tars, rows = tuple(url for url, _ in dataset["tars"]), Rows(0, len(records))
-    images = TarImages(folder, tars, records, rows, tuple(sizes))
+    found = {split: documents_of(folder, Rows(*span)) for split, span in dataset["splits"].items()}
+    return images_of(folder, dataset, sizes), found
+
+
+def documents_of(folder: Path, rows: Rows) -> BuiltDocuments:
     files = [Mapped(folder / "documents.npy"), Mapped(folder / "segments.npy"), mapped_ids(folder)]
-    spans = dataset["splits"].items()
-    return images, {s: BuiltDocuments(*files, mapped_letters(folder), Rows(*span)) for s, span in spans}
+    return BuiltDocuments(*files, mapped_letters(folder), rows)

@@ -21,7 +21,9 @@ from transfusion.data.windows import Stream
 from transfusion.sequence import Format, Text, image_length
 from transfusion.tokenizer import Tokenizer
 
-MEASURED = 16384  # images, or documents, of training, evenly spread, whose latents stand for all in their statistics
+STATISTICS_OF = (
+    16384  # images, or documents, of training, evenly spread, whose latents stand for all in their statistics
+)
 
 
 def build_corpus(
@@ -184,8 +186,8 @@ def latents_of(images: Sequence[np.ndarray], codec: Codec, codes: bool) -> Seque
 
 
 def spread(n: int) -> list[int]:
-    """At most MEASURED of n numbers, evenly spread."""
-    return np.linspace(0, n - 1, min(n, MEASURED)).round().astype(int).tolist()
+    """At most STATISTICS_OF of n numbers, evenly spread."""
+    return np.linspace(0, n - 1, min(n, STATISTICS_OF)).round().astype(int).tolist()
 
 
 def measured(found: list[np.ndarray | str], codec: Codec) -> tuple[tuple[float, ...], tuple[float, ...]]:

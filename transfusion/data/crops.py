@@ -4,18 +4,23 @@ Every image once an epoch, in an order of the epoch's own; of images loaded larg
 square each time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from transfusion.data.arrays import Held, Joined
+from transfusion.data.built import images_by_split, is_built
 from transfusion.data.images import load_images
 from transfusion.data.order import key_of, shuffled
 from transfusion.data.report import Report
 
+TRIES = 100  # images in turn, of which one can be read
+
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Where images come from: "emoji", "emoji:base", folders of pictures."""
+    """Where images come from: "emoji", "emoji:base", folders of pictures, or built by `transfusion data build`."""
 
     images: tuple[str, ...] = ("emoji",)
     image_size: int = 64
@@ -35,10 +40,10 @@ class CropConfig:
 
 @dataclass(frozen=True, eq=False)
 class Crops:
-    """All images of a run, in memory, by split."""
+    """All images of a run, by split."""
 
     config: CropConfig
-    splits: dict[str, np.ndarray]  # [n, load_size, load_size, 3] uint8
+    splits: dict[str, Sequence[np.ndarray]]  # n of uint8 [load_size, load_size, 3], as data/arrays.py says
 
     def batch(self, seed: int, step: int, n: int) -> np.ndarray:
         """[n, image_size, image_size, 3] uint8: images step * n ... of training."""
@@ -46,9 +51,7 @@ class Crops:
 
     def image(self, seed: int, k: int) -> np.ndarray:
         """The k-th image of training."""
-        c, train = self.config, self.splits["train"]
-        epoch, i = divmod(k, len(train))
-        image = train[shuffled(i, len(train), seed, 1, epoch)]
+        c, image = self.config, self.whole(seed, k)
         rng = np.random.default_rng(key_of(seed, 2, k))
         top, left = rng.integers(0, image.shape[0] - c.image_size, 2, endpoint=True)
         image = image[top : top + c.image_size, left : left + c.image_size]
@@ -56,22 +59,41 @@ class Crops:
             image = image[:, ::-1]
         return image[:, :, rng.permutation(3)] if rng.random() < c.recolour else image
 
+    def whole(self, seed: int, k: int) -> np.ndarray:
+        """[load_size, load_size, 3] uint8 of the k-th image of training; of the next where it cannot be read."""
+        train = self.splits["train"]
+        for turn in range(k, k + TRIES):
+            epoch, i = divmod(turn, len(train))
+            (image,) = train.read([shuffled(i, len(train), seed, 1, epoch)])
+            if not isinstance(image, str):
+                return image
+        raise ValueError(
+            f"{TRIES} images in turn cannot be read ({image}): see `transfusion data check images` of them"
+        )
+
     def centres(self, split: str, n: int) -> np.ndarray:
         """[n or fewer, image_size, image_size, 3] uint8: the middle of images spread evenly over a split."""
         images, side = self.splits[split], self.config.image_size
-        chosen = images[np.linspace(0, len(images) - 1, min(n, len(images))).round().astype(int)]
-        edge = (images.shape[1] - side) // 2
+        found = images.read(np.linspace(0, len(images) - 1, min(n, len(images))).round().astype(int).tolist())
+        chosen = np.stack([image for image in found if not isinstance(image, str)])
+        edge = (chosen.shape[1] - side) // 2
         return chosen[:, edge : edge + side, edge : edge + side]
 
 
 def build_crops(config: CropConfig) -> tuple[Crops, dict[str, Report]]:
     """(the images, what was skipped of each source); ValueError where none is left to train on."""
-    splits: dict[str, list[np.ndarray]] = {"train": []}
-    reports = {}
+    splits: dict[str, list[Sequence[np.ndarray]]] = {"train": []}
+    reports, side = {}, config.load_size or config.image_size
     for path in config.images:
-        found, reports[f"images {path}"] = load_images(path, config.load_size or config.image_size, captioned=False)
-        for split in np.unique(found.split).tolist():
-            splits.setdefault(split, []).append(found.images[found.split == split])
+        if is_built(path):
+            by_split = images_by_split(path, [(side, side)])
+            reports[f"images {path}"] = Report(sum(map(len, by_split.values())))
+        else:
+            found, reports[f"images {path}"] = load_images(path, side, captioned=False)
+            by_split = {split: Held(found.images[found.split == split]) for split in np.unique(found.split).tolist()}
+        for split, images in by_split.items():
+            if len(images):
+                splits.setdefault(split, []).append(images)
     if not splits["train"]:
         raise ValueError(f"no image to train on in {', '.join(config.images)}: all of them are held out")
-    return Crops(config, {split: np.concatenate(parts) for split, parts in splits.items()}), reports
+    return Crops(config, {split: Joined(parts) for split, parts in splits.items()}), reports

@@ -1,10 +1,13 @@
 """The latents of the images of a built folder, or their codes, encoded once and kept as `encoded.py` says.
 
 1024 images  ->  NAME.bin, then NAME.json        there whole or not: a call after a kill encodes what is missing
+
+    block     0  1  2  3  4  5  6 ...            of several processes each takes every so many-th; they need not know of
+    rank      0  1  2  0  1  2  0                each other, and whoever finds all blocks there says that all are
 """
 
 import json
-import os
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from transfusion.codec.codec import Codec
-from transfusion.data.built import CHANGED, Rows, TarImages, read_dataset
+from transfusion.data.built import CHANGED, TarImages, images_of, read_dataset
 from transfusion.data.encoded import BLOCK, WHOLE, Kept, kept_at
 from transfusion.data.images import Size
-from transfusion.data.mapped import Mapped
+from transfusion.data.mapped import Growing, draft, publish, save
 from transfusion.data.storage import SHORT, UNREADABLE
 
 BATCH = 32  # images that are decoded and encoded together
@@ -26,14 +29,16 @@ def every_image(folder: str | Path, sizes: Sequence[Size]) -> TarImages:
     folder, dataset = read_dataset(folder)
     if "tars" not in dataset:
         raise ValueError(f"{folder} holds {dataset['kind']}, which has no images: encode none of it")
-    records = Mapped(folder / "images.npy")
-    return TarImages(folder, tuple(url for url, _ in dataset["tars"]), records, Rows(0, len(records)), tuple(sizes))
+    return images_of(folder, dataset, sizes)
 
 
-def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes: bool = False) -> Path:
-    """The folder of the latents of a built folder, or of their `codes`; those that are missing are encoded now.
+def encode_built(
+    folder: str | Path, codec: Codec, sizes: Sequence[Size], codes: bool = False, rank: int = 0, ranks: int = 1
+) -> tuple[Path, int]:
+    """(the folder of the latents of a built folder, or of their `codes`; how many blocks other ranks have yet to make).
 
-    ValueError where files could not be read: their blocks are not kept, and the next call encodes them."""
+    Those of this rank's blocks that are missing are encoded now. ValueError where files could not be read: their blocks
+    are not kept, and the next call encodes them."""
     if not codec.key:
         raise ValueError(
             f"{codec.name} encodes as fast as latents are read: name another data.codec, or encode nothing"
@@ -41,52 +46,64 @@ def encode_built(folder: str | Path, codec: Codec, sizes: Sequence[Size], codes:
     images = every_image(folder, sizes)
     kept = kept_at(images, codec, codes)
     if (kept.folder / WHOLE).is_file():
-        return kept.folder
+        return kept.folder, 0
     kept.folder.mkdir(parents=True, exist_ok=True)
-    shapes = latent_shapes(images, kept, codec)
-    starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])
-    save(kept.folder / "starts.npy", lambda file: np.save(file, starts))
-    broken, unread = [], []
-    for b in range(-(-len(images) // BLOCK)):
+    write_starts(images, kept, codec)
+    blocks, unread = -(-len(images) // BLOCK), []
+    for b in range(rank, blocks, ranks):
         numbers, name = np.arange(b * BLOCK, min((b + 1) * BLOCK, len(images))), kept.folder / f"{b:06}"
         if not name.with_suffix(".json").is_file():
-            if failed := encode_block(images, numbers, shapes, starts, kept, codec, name):
-                unread += failed
-                continue
-        broken += json.loads(name.with_suffix(".json").read_text())
-        print(f"encoded {numbers[-1] + 1} of {len(images)} images, {len(broken)} of them broken", flush=True)
+            unread += encode_block(images, numbers, kept, codec, name)
+        print(f"encoded block {b + 1} of {blocks}, of {BLOCK} images each", flush=True)
     if unread:
-        raise ValueError(
-            f"{len(unread)} images of {images.folder} could not be read (image {unread[0][0]}: {unread[0][1]}): see "
-            "that their tars can be, and call this again; what could be read is kept"
+        number, problem = unread[0]
+        remedy = (
+            "build it anew, and call this again"
+            if any(problem.startswith(CHANGED) for _, problem in unread)
+            else "see that their tars can be, and call this again; what could be read is kept"
         )
+        raise ValueError(
+            f"{len(unread)} images of {images.folder} could not be read (image {number}: {problem}): {remedy}"
+        )
+    done = [kept.folder / f"{b:06}.json" for b in range(blocks)]
+    if missing := sum(not file.is_file() for file in done):
+        return kept.folder, missing
+    broken = [one for file in done for one in json.loads(file.read_text())]
     found = {"codec": codec.name, "codes": codes, "images": len(images), "broken": broken}
     save(kept.folder / WHOLE, lambda file: file.write(json.dumps(found, indent=1).encode()))
-    return kept.folder
+    return kept.folder, 0
 
 
-def latent_shapes(images: TarImages, kept: Kept, codec: Codec) -> np.ndarray:
-    """int64 [n, 2 or 3]: the shape of what is kept of each image; ValueError where a size does not divide."""
+def write_starts(images: TarImages, kept: Kept, codec: Codec):
+    """Where what is kept of each image begins, and, last, where it ends; ValueError where a size does not divide."""
     for size in images.sizes:
         codec.grid(size, 1)
-    return np.array([kept.shape_of(size) for size in images.sizes])[images.closest()]
+    numbers_of = np.array([math.prod(kept.shape_of(size)) for size in images.sizes])
+    new, end = draft(kept.starts.path), 0
+    with Growing(new, "<i8") as starts:
+        starts.append([0])
+        for _, records in images.blocks():
+            ends = end + np.cumsum(numbers_of[images.closest(records)])
+            starts.append(ends)
+            end = ends[-1]
+    publish(new, kept.starts.path)
 
 
-def encode_block(
-    images: TarImages, numbers: np.ndarray, shapes: np.ndarray, starts: np.ndarray, kept: Kept, codec: Codec, name: Path
-) -> list[list]:
+def encode_block(images: TarImages, numbers: np.ndarray, kept: Kept, codec: Codec, name: Path) -> list[list]:
     """Writes the .bin and the .json of these images; or neither, and [number, why] of each that could not be read."""
-    first = int(starts[numbers[0]])
-    block = np.full(int(starts[numbers[-1] + 1]) - first, kept.missing, kept.dtype)
+    starts = np.array(kept.starts[numbers[0] : numbers[-1] + 2])
+    starts -= starts[0]
+    block = np.full(int(starts[-1]), kept.missing, kept.dtype)
     broken = []
-    for batch, found in read_ahead(images, list(batches(numbers, shapes))):
+    for batch, found in read_ahead(images, list(batches(images, numbers))):
         good = [i for i, pixels in zip(batch, found) if not isinstance(pixels, str)]
         broken += [[int(i), pixels] for i, pixels in zip(batch, found) if isinstance(pixels, str)]
         if not good:
             continue
         latents = codec.encode(np.stack([pixels for pixels in found if not isinstance(pixels, str)]))
         for i, one in zip(good, codec.quantize(latents) if kept.codes else latents):
-            block[starts[i] - first : starts[i + 1] - first] = one.ravel()
+            at = i - numbers[0]
+            block[starts[at] : starts[at + 1]] = one.ravel()
     unread = [[i, why] for i, why in sorted(broken) if why.startswith((UNREADABLE, SHORT, CHANGED))]
     if unread:  # what a store did not give is asked for again, what does not decode never will
         return unread
@@ -95,10 +112,11 @@ def encode_block(
     return []
 
 
-def batches(numbers: np.ndarray, shapes: np.ndarray) -> Iterator[np.ndarray]:
+def batches(images: TarImages, numbers: np.ndarray) -> Iterator[np.ndarray]:
     """The numbers, those of one size together."""
-    for shape in np.unique(shapes[numbers], axis=0):
-        same = numbers[(shapes[numbers] == shape).all(1)]
+    closest = images.closest(images.records[numbers])
+    for which in np.unique(closest):
+        same = numbers[closest == which]
         yield from (same[i : i + BATCH] for i in range(0, len(same), BATCH))
 
 
@@ -110,11 +128,3 @@ def read_ahead(images: TarImages, todo: list[np.ndarray]) -> Iterator[tuple[np.n
             found = coming.pop().result()
             coming = [thread.submit(images.read, after) for after in todo[i + 1 : i + 2]]
             yield batch, found
-
-
-def save(file: Path, write):
-    """Writes a file that is there whole or not at all."""
-    new = file.with_name(f".{os.getpid()}-{file.name}")
-    with new.open("wb") as out:
-        write(out)
-    os.replace(new, file)

@@ -26,7 +26,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from transfusion.data.jsonl import read_jsonl
 from transfusion.data.report import Report
-from transfusion.data.split import hash_of, lowest
+from transfusion.data.split import default_split, hash_of, lowest
+from transfusion.data.storage import names_below
 
 OPENMOJI = Path(__file__).resolve().parent.parent / "assets" / "openmoji.npz"
 SHIPPED = ("emoji", "emoji:base")
@@ -118,14 +119,7 @@ def list_files(path: str, remedy: str) -> dict[str, Path]:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(f"no folder {path}: give {remedy}")
-    found = {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                file = Path(folder, name)
-                found[plain(file.relative_to(root).as_posix())] = file
-    return dict(sorted(found.items()))
+    return dict(sorted((plain(name), root / name) for name in names_below(root)))
 
 
 def plain(name: str) -> str:
@@ -151,7 +145,7 @@ def read_captions(files: dict[str, Path], skipped: dict[str, list[str]]) -> tupl
         if Path(name).name != METADATA:
             continue
         records = list(read_jsonl(file))
-        default = "train" if any("split" in r for _, r in records if isinstance(r, dict)) else None
+        default = default_split(record for _, record in records)
         for number, record in records:
             problem, target = "", ""
             if isinstance(record, str):
@@ -305,9 +299,4 @@ def fit(picture: Image.Image, size: Size) -> Image.Image:
 
 def held_out(names: Sequence[str]) -> np.ndarray:
     """bool [n]: about 2 % by a hash of the name; one at least, none of a few."""
-    return held_out_hashes(np.array(list(map(hash_of, names)), np.uint64))
-
-
-def held_out_hashes(hashes: np.ndarray) -> np.ndarray:
-    """The same of the names' hashes."""
-    return np.zeros(len(hashes), bool) if len(hashes) < MIN_FOR_HELD_OUT else lowest(hashes, HELD_OUT_SHARE)
+    return lowest(np.array(list(map(hash_of, names)), np.uint64), HELD_OUT_SHARE, MIN_FOR_HELD_OUT)

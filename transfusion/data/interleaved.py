@@ -19,6 +19,7 @@ import numpy as np
 from transfusion.data.images import Size, beside, decode, held_out, list_files
 from transfusion.data.jsonl import read_jsonl
 from transfusion.data.report import Report
+from transfusion.data.split import default_split
 
 DOCUMENTS = "documents.jsonl"
 SPLITS = ("train", "held_out")
@@ -66,7 +67,7 @@ def load_documents(path: str, sizes: Sequence[Size]) -> tuple[DocumentSet, Repor
     """(documents with images of these sizes, what was skipped); ValueError where nothing usable is found."""
     files = list_files(path, SCHEMA)
     skipped: dict[str, list[str]] = defaultdict(list)
-    read = list(read_documents(files, skipped))
+    read = list(read_lines(files, skipped))
     wanted = dict.fromkeys(name for document, *_ in read for name in image_names(document))
     decoded = {name: decode(files[name], sizes) if name in files else "missing image file" for name in wanted}
     documents, splits, ids, info = [], [], [], []
@@ -83,20 +84,20 @@ def load_documents(path: str, sizes: Sequence[Size]) -> tuple[DocumentSet, Repor
     if not ids:
         raise ValueError(f"no document in {path} ({len(files)} files): give {SCHEMA}\n{report.summary()}")
     images = {name: decoded[name] for document in documents for name in image_names(document)}
-    return DocumentSet(path, images, documents, split_documents(documents, splits), ids, info), report
+    return DocumentSet(path, images, documents, drawn_splits(documents, splits), ids, info), report
 
 
 def image_names(document: Sequence[Segment]) -> list[str]:
     return [segment.image for segment in document if isinstance(segment, ImageSegment)]
 
 
-def read_documents(
+def read_lines(
     files: dict[str, Path], skipped: dict[str, list[str]]
 ) -> Iterator[tuple[list[Segment], str, str, dict[str, Any]]]:
     """(document, its split or "" where its file has none, file and line, info); problems go into `skipped`."""
     for name in [name for name in files if Path(name).name == DOCUMENTS]:
         records = list(read_jsonl(files[name]))
-        default = "train" if any("split" in r for _, r in records if isinstance(r, dict)) else ""
+        default = default_split(record for _, record in records)
         for number, record in records:
             place = f"{name}:{number}"
             document = f"document {record}" if isinstance(record, str) else read_document(record, name)
@@ -142,7 +143,7 @@ def read_segment(raw: Any, name: str) -> Segment | str:
     return TextSegment(raw[kind], learn) if kind == "text" else ImageSegment(beside(name, raw[kind]), learn)
 
 
-def split_documents(documents: list[list[Segment]], splits: list[str]) -> np.ndarray:
+def drawn_splits(documents: list[list[Segment]], splits: list[str]) -> np.ndarray:
     """[n] str: the splits given, and for "" one by a hash of the content, so that new documents move no old one."""
     split = np.array(splits, f"<U{max(map(len, SPLITS))}")
     free = np.flatnonzero(split == "")

@@ -3,17 +3,17 @@
     CACHE/latents/KEY.npy        [n, C, h, w] float32, KEY = sha256(codec, images), CACHE as `cachedir.py` says
 
 The name follows from the codec's weights and from every pixel, so a change of either makes another file, and a file
-that is there is right. Written under a temporary name and renamed, so that it is there whole or not at all.
+that is there is right. It is there whole or not at all.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from transfusion.codec.codec import Codec
+from transfusion.data.mapped import save
 
 
 def encode(images: Sequence[np.ndarray], codec: Codec, folder: Path) -> list[np.ndarray]:
@@ -38,10 +38,7 @@ def kept(images: np.ndarray, codec: Codec, folder: Path) -> np.ndarray:
     print(f"encoding {len(images)} images with {codec.name} into {file}")
     latents = codec.encode(images)  # in parts, where it is a network (codec/learned.py)
     folder.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    with new.open("wb") as out:
-        np.save(out, latents)
-    os.replace(new, file)
+    save(file, lambda out: np.save(out, latents))
     return latents
 
 

@@ -2,13 +2,20 @@
 
 Growing("ids.npy", "<u2")       written piece by piece; its length stands in the header once it is closed
 Mapped("ids.npy").array         read; sent to another process as the name alone
+publish(new, final)             there whole or not at all, though the power fail: bytes first, then the name
 """
 
+import os
+import secrets
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-CHUNK = 1 << 24  # elements
+CHUNK = 1 << 24  # bytes that are in memory at a time
+FORMAT = 2  # of what is built
 DATASET = "dataset.json"  # beside the arrays of a data set; written last, it says that they are whole
 
 
@@ -24,8 +31,9 @@ class Growing:
         np.lib.format.write_array_header_1_0(self.file, header)  # of one length, whatever n: numpy leaves room for it
 
     def append(self, values: np.ndarray | list):
-        for i in range(0, len(values), CHUNK):  # a memory map of any size passes through
-            self.file.write(np.ascontiguousarray(values[i : i + CHUNK], self.dtype).tobytes())
+        step = max(CHUNK // self.dtype.itemsize, 1)
+        for i in range(0, len(values), step):  # a memory map of any size passes through
+            self.file.write(np.ascontiguousarray(values[i : i + step], self.dtype).tobytes())
         self.n += len(values)
 
     def __enter__(self) -> "Growing":
@@ -57,3 +65,42 @@ class Mapped:
 
     def __reduce__(self):
         return Mapped, (self.path,)
+
+
+def publish(new: Path, final: Path):
+    """Gives a file, or a folder with all in it, its final name, once its bytes are on the disk."""
+    for path in (*(new.rglob("*") if new.is_dir() else ()), new):
+        sync(path)
+    os.replace(new, final)
+    sync(final.parent)
+
+
+def sync(path: Path):
+    """Returns once a file, or the list of names that a folder is, is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def draft(file: Path) -> Path:
+    """Where to write what is then published as this file, whoever else writes the same."""
+    return file.with_name(f".{secrets.token_hex(4)}-{file.name}")  # a process number is another machine's too
+
+
+def save(file: Path, write: Callable[[BinaryIO], object]):
+    """Writes a file that is there whole or not at all."""
+    new = draft(file)
+    with new.open("wb") as out:
+        write(out)
+    publish(new, file)
+
+
+def fingerprint(file: Path) -> list[int]:
+    """[bytes, crc32] of a file."""
+    size = crc = 0
+    with file.open("rb") as data:
+        while part := data.read(CHUNK):
+            size, crc = size + len(part), zlib.crc32(part, crc)
+    return [size, crc]

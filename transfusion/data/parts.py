@@ -27,12 +27,12 @@ import numpy as np
 from transfusion.data import images, interleaved
 from transfusion.data.images import measure
 from transfusion.data.interleaved import ImageSegment, said
-from transfusion.data.mapped import Growing
+from transfusion.data.mapped import FORMAT, Growing, publish
 from transfusion.data.rows import Columns, Left
 from transfusion.data.samples import documents, image_samples, texts
 from transfusion.data.shards import Shard
 from transfusion.data.split import hash_of
-from transfusion.data.storage import has_size, stamp
+from transfusion.data.storage import has_size, stamp, why
 from transfusion.data.tars import Picture, TarWriter
 from transfusion.data.text import HELD_OUT_SHARE
 from transfusion.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +66,7 @@ CHOICE = np.dtype([("hash", "<u8"), ("split", "u1")])  # 0 = by the hash, k = th
 SPLITS = {"images": images.SPLITS, "documents": interleaved.SPLITS, "text": ("train", "held_out")}
 PACKED = "shards/"  # where tars of loose images lie, within the built folder, which may be moved
 KEPT = 1000  # held-out documents of text that are kept as text
+UNREADABLE_SHARD = "shard that cannot be read"
 AT_ONCE = 1 << 20  # characters that are tokenised together
 
 
@@ -195,8 +196,8 @@ class Skipped:
 
 
 def folder_of(shard: Shard, recipe: Recipe) -> Path:
-    """Where the shard's part lies: a part of another tokenizer, or of other columns, lies elsewhere."""
-    key = hash_of(repr((tokenizer_key(recipe.tokenizer), *recipe.columns)))
+    """Where the shard's part lies: a part of another format, tokenizer, or of other columns, lies elsewhere."""
+    key = hash_of(repr((FORMAT, tokenizer_key(recipe.tokenizer), *recipe.columns)))
     return recipe.out / "parts" / f"{shard.key}-{key:016x}"
 
 
@@ -215,12 +216,12 @@ def make_part(shard: Shard, recipe: Recipe) -> dict[str, Any] | str:
                 shutil.rmtree(new)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(new, folder)
+                publish(new, folder)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # here, not there
                 raise
-            return f"shard that cannot be read: {error}"
+            return f"{UNREADABLE_SHARD}: {why(error)}"
     return json.loads((folder / "part.json").read_text())
 
 
@@ -283,7 +284,7 @@ def document_part(shard: Shard, recipe: Recipe, folder: Path, skipped: Skipped) 
                     number[image] = table.add(*image_record(tar, image.picture, 0, 0, name))
                 segments.add(1, segment.learn, number[image])
             name = letters.add(document.name, 2**16 - 1)
-            info = letters.add(json.dumps(document.info, default=str), 2**32 - 1)
+            info = letters.add(json.dumps(document.info), 2**32 - 1)
             told.add(first, segments.n - first, *name, *info)
             split = SPLITS["documents"].index(document.split) + 1 if document.split else 0
             choice.add(hash_of(said(document.segments)), split)
@@ -331,7 +332,7 @@ class Pack:
     def __exit__(self, failed, *error):
         self.tar.__exit__()
         if failed is None and self.tar.n:
-            os.replace(self.new, self.file)
+            publish(self.new, self.file)
         else:
             self.new.unlink()
 

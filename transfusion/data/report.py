@@ -1,37 +1,59 @@
 """What a source of data left out, and why: bad files are counted and named, never fatal and never silent."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 NAMED = 3  # names shown of each reason
+LISTED = 1000  # names of each reason that are kept of what lies on disk
 
 
 @dataclass(frozen=True)
 class Report:
-    """`kept` things, and the names of the skipped ones under the reason they were skipped for."""
+    """`kept` things, and the names of the skipped ones under the reason they were skipped for; of a source of any size
+    the first names, and how many more there are."""
 
     kept: int
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    unnamed: dict[str, int] = field(default_factory=dict)
 
     def skip(self, reason: str, name: str) -> "Report":
         """The report after one of the kept is left out too."""
-        names = [*self.skipped.get(reason, []), name]
-        return Report(self.kept - 1, {**self.skipped, reason: names})
+        return replace(self.without_part(reason, name), kept=self.kept - 1)
 
     def without_part(self, reason: str, name: str) -> "Report":
         """The report after something of one of the kept is left out."""
-        return replace(self.skip(reason, name), kept=self.kept)
+        return replace(self, skipped={**self.skipped, reason: [*self.skipped.get(reason, []), name]})
+
+    def without_all(self, reason: str, name: Callable[[int], str], numbers: Sequence[int]) -> "Report":
+        """The report after those of these numbers, which have a `name` each, are left out, or something of each."""
+        room = LISTED - len(self.skipped.get(reason, []))
+        named = [name(i) for i in numbers[: max(room, 0)]]
+        if not len(numbers):
+            return self
+        skipped = {**self.skipped, reason: [*self.skipped.get(reason, []), *named]}
+        more = self.unnamed.get(reason, 0) + len(numbers) - len(named)
+        return replace(self, skipped=skipped, unnamed={**self.unnamed, reason: more} if more else self.unnamed)
+
+    def count(self, reason: str) -> int:
+        """How many were left out for this reason."""
+        return len(self.skipped[reason]) + self.unnamed.get(reason, 0)
 
     def names(self) -> str:
-        """Every name under its reason, one a line."""
-        return "".join(f"  {reason}\n" + "".join(f"    {n}\n" for n in names) for reason, names in self.skipped.items())
+        """Every name that is kept under its reason, one a line."""
+        lines = []
+        for reason, names in self.skipped.items():
+            more = [f"and {self.unnamed[reason]} more"] if reason in self.unnamed else []
+            lines += [f"  {reason}\n", *(f"    {line}\n" for line in (*names, *more))]
+        return "".join(lines)
 
     def summary(self) -> str:
         """One line for what was kept and one for each reason, with the first few names."""
-        lines = [f"kept {self.kept}, skipped {sum(map(len, self.skipped.values()))}"]
+        lines = [f"kept {self.kept}, skipped {sum(map(self.count, self.skipped))}"]
         for reason, names in self.skipped.items():
-            more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            lines.append(f"  {len(names)} x {reason}: {', '.join(names[:NAMED])}{more}")
+            n = self.count(reason)
+            more = f", and {n - NAMED} more" if n > NAMED else ""
+            lines.append(f"  {n} x {reason}: {', '.join(names[:NAMED])}{more}")
         return "\n".join(lines)
 
 

@@ -10,10 +10,11 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Iterator
+from itertools import count
 from typing import Any, NamedTuple
 
 from transfusion.data.jsonl import parse_lines
-from transfusion.data.storage import open_url
+from transfusion.data.storage import as_os_error, open_url, why
 
 BATCH = 64  # rows that are in memory at a time
 
@@ -87,18 +88,26 @@ def hf_rows(
         require(columns, rows.column_names, name)
         rows = rows if rest else rows.select_columns(columns)
     rows = rows.shard(parts, part) if parts > 1 else rows
-    for number, row in enumerate(rows.decode(False) if rows.features else rows):
+    rows = iter(rows.decode(False) if rows.features else rows)
+    for number in count():
+        with as_os_error():
+            row = next(rows, None)
+        if row is None:
+            return
         yield f"hf:{name}[{part}]:{number}", row
 
 
 def describe(name: str) -> tuple[str, int]:
-    """(what the data set is known again by, the parts it comes in)."""
-    version, rows = open_dataset(name)
+    """(what the data set is known again by, the parts it comes in); ValueError where it cannot be read."""
+    try:
+        version, rows = open_dataset(name)
+    except OSError as error:
+        raise ValueError(f"hf:{name} cannot be read ({why(error)}): give hf:OWNER/NAME:CONFIG@SPLIT") from None
     return version, rows.num_shards
 
 
 def open_dataset(name: str) -> tuple[str, Any]:
-    """(version, rows to stream) of "OWNER/NAME:CONFIG@SPLIT", or of a folder; ValueError says what is missing."""
+    """(version, rows to stream) of "OWNER/NAME:CONFIG@SPLIT", or of a folder; OSError where it cannot be read."""
     try:
         from datasets import load_dataset, load_dataset_builder
     except ImportError:
@@ -106,10 +115,8 @@ def open_dataset(name: str) -> tuple[str, Any]:
     path, _, split = name.partition("@")
     path, _, config = path.partition(":")
     split = split or "train"
-    try:
+    with as_os_error():
         builder = load_dataset_builder(path, config or None)
         files = (builder.config.data_files or {}).get(split)
         version = hashlib.sha256(repr((builder.hash, getattr(files, "origin_metadata", ""))).encode()).hexdigest()[:20]
         return version, load_dataset(path, config or None, split=split, streaming=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"hf:{name} cannot be read ({error}): give hf:OWNER/NAME:CONFIG@SPLIT") from None

@@ -7,6 +7,7 @@
 `check.py` counts these, `parts.py` writes them down: there is one reading of what is usable.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,9 +16,20 @@ from transfusion.data.images import SUFFIXES, list_files, read_captions
 from transfusion.data.interleaved import Segment, beside, image_names, read_document
 from transfusion.data.rows import Columns, Left, hf_rows, json_rows, parquet_rows
 from transfusion.data.shards import HF, REMEDIES, Shard
-from transfusion.data.storage import UNREADABLE, Span, join, local, names_below, open_url, read_spans
+from transfusion.data.split import default_split
+from transfusion.data.storage import (
+    FOR_GOOD,
+    UNREADABLE,
+    Span,
+    is_remote,
+    join,
+    local,
+    names_below,
+    open_url,
+    read_spans,
+)
 from transfusion.data.tars import Look, Picture, Sample, TarWriter, clean, find_members, picture_of, read_samples
-from transfusion.data.text import read_documents as read_texts
+from transfusion.data.text import read_texts
 
 
 class Loose(NamedTuple):
@@ -96,19 +108,27 @@ def cell_bytes(cell: Any, root: str) -> bytes | str:
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str) and root != HF:
+        url = join(root, cell)
         try:
-            with open_url(join(root, cell)) as file:
+            with open_url(url) as file:
                 return file.read()
-        except OSError:
-            return "missing image file"
+        except OSError as error:
+            return absent("missing image file", url, error)
     return cell if isinstance(cell, bytes) else "row without an image"
+
+
+def absent(reason: str, url: str, error: OSError) -> str:
+    """The reason, for a file that is not there; else, as a store may have failed for a moment only, the error again."""
+    if is_remote(url) and not isinstance(error, FOR_GOOD):
+        raise error
+    return reason
 
 
 def texts(shard: Shard, column: str) -> Iterator[tuple[str, str] | Left]:
     """(name, text) of each document of a shard."""
     if shard.form == "txt":
         root = local(shard.url)
-        files = [root / name for name in names_below(shard.url)] if root.is_dir() else [root]
+        files = [root / name for name in names_below(root)] if root.is_dir() else [root]
         found = (item for file in files if file.suffix.lower() == ".txt" for item in read_texts(file))
     else:
         found = (text_of(place, row, column) for place, row in rows_of(shard, [column]))
@@ -164,12 +184,14 @@ class Gallery:
             if url not in self.tars:
                 try:
                     self.tars[url] = find_members(url)
-                except OSError:
-                    return "missing tar"
+                except OSError as error:
+                    return absent("missing tar", url, error)
             if member not in self.tars[url]:
                 return "missing image file"
             offset, size = self.tars[url][member]
             (data,) = read_spans([Span(url, offset, size)])
+            if isinstance(data, str) and data.startswith(UNREADABLE):
+                raise OSError(data)
             found = data if isinstance(data, str) else picture_of(data, offset, self.look)
             return found if isinstance(found, str) else Located(name, url, found)
         data = "missing image file" if name.startswith(("/", "../")) else cell_bytes(given or name, self.root)
@@ -182,9 +204,7 @@ class Gallery:
 def documents(shard: Shard, look: Look, pack: TarWriter | None) -> Iterator[Told | Left]:
     """The documents of a shard; images of no tar are put into `pack`, where there is one."""
     gallery = Gallery(shard.root, look, pack)
-    default = ""
-    if shard.form == "jsonl":  # in a file where some line says its split, one without is train
-        default = "train" if any("split" in row for _, row in rows_of(shard, []) if isinstance(row, dict)) else ""
+    default = default_split(row for _, row in rows_of(shard, [])) if shard.form == "jsonl" else ""
     for place, row in rows_of(shard, ["segments"], rest=True):
         if isinstance(row, Left):
             yield row._replace(reason=f"document {row.reason}")
@@ -199,11 +219,20 @@ def documents(shard: Shard, look: Look, pack: TarWriter | None) -> Iterator[Told
         if broken is not None:
             yield Left(images[broken], f"{place} {broken}")
             continue
-        info = {key: value for key, value in row.items() if key not in ("segments", "split")}
+        info = {key: value for key, value in row.items() if key not in ("segments", "split") and is_json(value)}
         yield Told(place, segments, [images[name] for name in image_names(segments)], row.get("split") or default, info)
         if given:  # their names are this row's own
             for name in given:
                 gallery.known.pop(name, None)
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON can say it: not the bytes of an image, nor a date."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def plain_row(row: dict[str, Any], place: str, file: str) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -11,12 +11,14 @@ A shard has a form, which says how it is read (`samples.py`), and a stamp, by wh
 import hashlib
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from transfusion.data.images import METADATA, SUFFIXES
 from transfusion.data.interleaved import DOCUMENTS
 from transfusion.data.rows import describe
-from transfusion.data.storage import Stamp, absolute, is_remote, join, local, names_below, stamp
+from transfusion.data.storage import Stamp, absolute, is_remote, join, local, stamp, stamps_below, why
 
 FORMS = {  # kind -> ending -> form
     "images": {".tar": "tar", ".parquet": "parquet"},
@@ -25,6 +27,7 @@ FORMS = {  # kind -> ending -> form
 }
 KINDS = tuple(FORMS)
 HF = "hf:"
+AT_ONCE = 32  # addresses that are asked for together
 
 
 class Shard(NamedTuple):
@@ -53,7 +56,8 @@ def find_shards(kind: str, source: str) -> list[Shard]:
         raise ValueError(f"{kind!r} is no kind of data: choose one of {', '.join(KINDS)}")
     if source.startswith(HF):
         return hf_shards(source)
-    found = [shard for url in braces(source) for shard in shards_of(kind, url)]
+    with ThreadPoolExecutor(AT_ONCE) as threads:  # a store takes its time to answer for each of a range
+        found = [shard for some in threads.map(partial(shards_of, kind), braces(source)) for shard in some]
     if not found:
         raise ValueError(f"nothing to read in {source}: give {REMEDIES[kind]}")
     return found
@@ -88,51 +92,46 @@ def shards_of(kind: str, url: str) -> list[Shard]:
     url = absolute(url)
     folder = url.rpartition("/")[0]
     if form := form_of(kind, url):
-        return [of_file(form, url, folder)]
+        return [named(form, url, folder)]
     if not is_remote(url) and not local(url).is_dir():
         if kind == "text" and url.lower().endswith(".txt"):
-            return [of_file("txt", url, folder)]
+            return [named("txt", url, folder)]
         there = "of no form that is read" if local(url).exists() else "not there"
         raise ValueError(f"{url} is {there}: give {REMEDIES[kind]}")
-    names = names_below(url)
+    try:
+        names = stamps_below(url)
+    except OSError as error:
+        raise ValueError(f"{url} cannot be listed ({why(error)}): name a folder that can be, or its files") from None
     files = [name for name in names if form_of(kind, name)]
     if kind == "documents":  # another .jsonl of such a folder may say anything
         files = [n for n in files if n.endswith(".parquet") or n.rpartition("/")[2].removesuffix(".gz") == DOCUMENTS]
     if kind == "images" and any(form_of(kind, name) == "tar" for name in files):
         files = [name for name in files if form_of(kind, name) == "tar"]
-    shards = [of_file(form_of(kind, name), join(url, name), url) for name in files]
+    shards = [Shard(form_of(kind, name), join(url, name), url, *names[name]) for name in files]
     if is_remote(url):
         return shards
     if kind == "documents":  # which are others when an image of theirs is another
-        loose = of_folder("folder", url, [name for name in names if name.lower().endswith((*SUFFIXES, ".tar"))])
+        loose = together("folder", url, {n: s for n, s in names.items() if n.lower().endswith((*SUFFIXES, ".tar"))})
         return [shard._replace(version=f"{shard.version} {loose.version}") for shard in shards]
     if kind == "images" and not shards and any(name.lower().endswith(SUFFIXES) for name in names):
-        return [of_folder("folder", url, names)]
-    if kind == "text" and (loose := [name for name in names if name.lower().endswith(".txt")]):
-        return [*shards, of_folder("txt", url, loose)]
+        return [together("folder", url, names)]
+    if kind == "text" and (loose := {n: s for n, s in names.items() if n.lower().endswith(".txt")}):
+        return [*shards, together("txt", url, loose)]
     return shards
 
 
-def of_file(form: str, url: str, root: str) -> Shard:
+def named(form: str, url: str, root: str) -> Shard:
+    """A file that the command names."""
     try:
         return Shard(form, url, root, *stamp(url))
     except OSError as error:
-        raise ValueError(f"{url} cannot be read ({error}): name a file that is there") from None
+        raise ValueError(f"{url} cannot be read ({why(error)}): name a file that is there") from None
 
 
-def of_folder(form: str, url: str, names: list[str]) -> Shard:
+def together(form: str, url: str, stamps: dict[str, Stamp]) -> Shard:
     """All these files of a folder, as one shard."""
-    stamps = [stamp_or_none(join(url, name)) for name in names]
-    version = hashlib.sha256(repr(list(zip(names, stamps))).encode()).hexdigest()[:20]
-    return Shard(form, url, url, sum(found.bytes for found in stamps), version)
-
-
-def stamp_or_none(url: str) -> Stamp:
-    """That of a link into nowhere too."""
-    try:
-        return stamp(url)
-    except OSError:
-        return Stamp(0, "")
+    version = hashlib.sha256(repr(list(stamps.items())).encode()).hexdigest()[:20]
+    return Shard(form, url, url, sum(found.bytes for found in stamps.values()), version)
 
 
 def hf_shards(source: str) -> list[Shard]:

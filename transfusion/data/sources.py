@@ -41,13 +41,13 @@ def captions_at(
 ) -> tuple[dict[str, Captions], Report]:
     """The captioned images of a built folder, by split; what was left out of it now."""
     rooms = [caption_room(size, config, codec, fmt, seq_len) for size in config.sizes]
-    found, out, less, kept = {}, [], [], 0
+    found, report = {}, Report(0)
     for split, all_of in load_built_images(path, config.sizes, tokenizer).items():
-        fitting, *named = keep_fitting(all_of, rooms)
+        fitting, out, less = keep_fitting(all_of, rooms)
         found[split] = Captions(*fitting)
-        out, less, kept = out + named[0], less + named[1], kept + len(fitting.images)
-    reasons = {too_long(seq_len): out, "a caption of several, too long": less}
-    return found, Report(kept, {reason: names for reason, names in reasons.items() if names})
+        report = report.without_all(too_long(seq_len), all_of.names.__getitem__, out)
+        report = report.without_all("a caption of several, too long", all_of.names.__getitem__, less)
+    return found, replace(report, kept=sum(map(len, found.values())))
 
 
 def text_at(path: str, name: str, tokenizer: Tokenizer) -> tuple[Stream, list[str], Report]:
@@ -85,10 +85,9 @@ def documents_at(
     grids = [codec.grid(size, fmt.patch_size) for size in config.sizes]
     copies = (False, has_copies(config, fmt.codes))
     lengths = np.array([[image_length(grid, fmt, copy) for copy in copies] for grid in grids])
-    found, out = {}, []
+    found, report = {}, Report(0)
     for split, documents in by_split.items():
         longer = documents.longer(lengths, images, seq_len - 2)
-        out += [documents.name(i) for i in longer]
+        report = report.without_all(f"document longer than seq_len = {seq_len}", documents.name, longer)
         found[split] = PlacedDocuments(replace(documents, rows=documents.rows.without(longer)), first)
-    reasons = {f"document longer than seq_len = {seq_len}": out} if out else {}
-    return images, found, Report(sum(map(len, found.values())), reasons)
+    return images, found, replace(report, kept=sum(map(len, found.values())))

@@ -10,6 +10,7 @@ name and kind the first stays.
 
 import io
 import json
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,6 +35,14 @@ class Picture(NamedTuple):
     width: int
 
 
+class Member(NamedTuple):
+    """A plain file of a tar."""
+
+    name: str  # as `name_of` has it
+    offset: int
+    bytes: int
+
+
 class Sample(NamedTuple):
     """An image with its captions."""
 
@@ -48,7 +57,12 @@ def picture_of(data: bytes, offset: int, look: Look) -> Picture | str:
     return size if isinstance(size, str) else Picture(offset, len(data), zlib.crc32(data), *size)
 
 
-def members(file: BinaryIO) -> Iterator[tarfile.TarInfo | Left]:
+def name_of(member: tarfile.TarInfo) -> str:
+    """The name that documents call a member by: `tar cf a.tar ./` calls it ./a.jpg."""
+    return plain(posixpath.normpath(member.name))
+
+
+def members(file: BinaryIO) -> Iterator[Member | Left]:
     """The plain files of a tar, hidden ones left out; last, where the tar is cut, that it is."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -56,7 +70,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo | Left]:
                 tar.members.clear()  # it would keep them all
                 base = member.name.rpartition("/")[2]
                 if member.isfile() and not member.issparse() and not base.startswith("."):
-                    yield member
+                    yield Member(name_of(member), member.offset_data, member.size)
             file.seek(tar.offset)
             if any(file.read(tarfile.BLOCKSIZE) or b"cut"):
                 yield Left(CUT, "")
@@ -67,7 +81,7 @@ def members(file: BinaryIO) -> Iterator[tarfile.TarInfo | Left]:
 def find_members(url: str) -> dict[str, tuple[int, int]]:
     """Name -> (offset, bytes) of the files of a tar."""
     with open_url(url) as file:
-        return {plain(m.name): (m.offset_data, m.size) for m in members(file) if not isinstance(m, Left)}
+        return {m.name: (m.offset, m.bytes) for m in members(file) if not isinstance(m, Left)}
 
 
 def read_samples(url: str, name: str, look: Look) -> Iterator[Sample | Left]:
@@ -80,26 +94,26 @@ def read_samples(url: str, name: str, look: Look) -> Iterator[Sample | Left]:
             if isinstance(member, Left):
                 yield Left(member.reason, name)
                 break
-            folder, slash, base = plain(member.name).rpartition("/")
+            folder, slash, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
             key, kind = folder + slash + stem, "." + ending.lower()
             if kind not in (".txt", ".json", *SUFFIXES):
                 continue
             seen = key in pictures if kind in SUFFIXES else (key, kind) in captions
             if seen:
-                yield Left("file of a name that came before", f"{name}/{plain(member.name)}")
+                yield Left("file of a name that came before", f"{name}/{member.name}")
                 continue
-            file.seek(member.offset_data)
-            data = file.read(member.size)
-            if len(data) < member.size:
+            file.seek(member.offset)
+            data = file.read(member.bytes)
+            if len(data) < member.bytes:
                 yield Left(CUT, name)
                 break
             if kind in SUFFIXES:
-                pictures[key], of_file[key] = picture_of(data, member.offset_data, look), plain(member.name)
+                pictures[key], of_file[key] = picture_of(data, member.offset, look), member.name
                 continue
             said = captions_in(kind, data)
             if isinstance(said, str):
-                yield Left(said, f"{name}/{plain(member.name)}")
+                yield Left(said, f"{name}/{member.name}")
             captions[key, kind] = [] if isinstance(said, str) else said
     for key, picture in pictures.items():
         said = captions.pop((key, ".json"), []), captions.pop((key, ".txt"), [])

@@ -5,7 +5,6 @@ their words, so that two copies fall on the same side; of a handful of long docu
 """
 
 import lzma
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from transfusion.data.jsonl import read_jsonl
 from transfusion.data.report import Report
 from transfusion.data.split import hash_of, lowest
+from transfusion.data.storage import names_below
 
 SHAKESPEARE = Path(__file__).resolve().parent.parent / "assets" / "shakespeare.txt.xz"
 SUFFIXES = (".txt", ".jsonl")
@@ -53,7 +53,7 @@ def load_files(path: str) -> tuple[TextSet, Report]:
     documents: list[str] = []
     files = list_files(path)
     for file in files:
-        for name, text, problem in read_documents(file):
+        for name, text, problem in read_texts(file):
             if not problem and not text.strip():
                 problem = "empty document"
             if problem:
@@ -66,7 +66,7 @@ def load_files(path: str) -> tuple[TextSet, Report]:
             f"no text in {path} ({len(files)} files): give 'shakespeare', a .txt in UTF-8, a .jsonl with lines of "
             f'{{"text": ...}}, or a folder of them\n{report.summary()}'
         )
-    train, held_out = split_documents(documents)
+    train, held_out = split_texts(documents)
     return TextSet(path, train, held_out), report
 
 
@@ -79,14 +79,10 @@ def list_files(path: str) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise ValueError(f"no file or folder {path}: give 'shakespeare', a .txt, a .jsonl, or a folder of them")
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        found += [Path(folder, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
-    return sorted(found)
+    return [root / name for name in names_below(root) if name.lower().endswith(SUFFIXES)]
 
 
-def read_documents(file: Path):
+def read_texts(file: Path):
     """Yields (name, text, problem or '')."""
     try:
         if file.suffix.lower() == ".txt":
@@ -107,7 +103,7 @@ def read_documents(file: Path):
         yield file.name, "", "file that cannot be read"
 
 
-def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
+def split_texts(documents: list[str]) -> tuple[list[str], list[str]]:
     """(train, held out): nothing is in both, and train is never empty."""
     if len(documents) < HANDFUL and any(len(text) >= LONG for text in documents):
         ends = [end_of(text) for text in documents]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import PIL.Image
 
 from transfusion.data.documents import Corpus, image_then_caption
-from transfusion.evals.config import EvalConfig, chosen
+from transfusion.evals.config import EvalConfig, candidates, chosen, look
 from transfusion.evals.interval import wilson
 from transfusion.evals.score import nats
 from transfusion.generate import Engine
@@ -20,9 +20,8 @@ from transfusion.generate import Engine
 def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: images looked at, nats per token, exact match with its interval."""
     names: dict[bytes, set[str]] = {}  # of each picture
-    for c in corpus.captions.values():
-        for image, texts in zip(c.images, c.texts):
-            names.setdefault(image.tobytes(), set()).add(texts[0])
+    for image, texts in candidates(corpus, config):
+        names.setdefault(look(image), set()).add(texts[0])
     for split, numbers in chosen(corpus, config.n_captions, config.seed):
         captions, n = corpus.captions[split], len(numbers)
         documents = [image_then_caption(corpus.special, captions.ids[i][0], corpus.image(captions, i)) for i in numbers]
@@ -31,7 +30,7 @@ def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Ite
         enough = 2 * max(len(captions.ids[i][0]) for i in numbers) + 1
         images = [PIL.Image.fromarray(captions.images[i]) for i in numbers]
         said = engine.caption(images, max_tokens=enough, batch=config.batch)
-        hits = sum(s in names[captions.images[i].tobytes()] for s, i in zip(said, numbers))
+        hits = sum(s in names[look(captions.images[i])] for s, i in zip(said, numbers))
         low, high = wilson(hits, n)
         yield f"captions/{split}/n", n
         yield f"captions/{split}/nats_per_token", of_documents.sum() / n_tokens.sum()

@@ -10,17 +10,20 @@ from collections.abc import Iterator
 import numpy as np
 
 from transfusion.data.documents import Corpus, Document
-from transfusion.evals.config import EvalConfig
+from transfusion.evals.config import EvalConfig, some
 from transfusion.evals.score import nats
 from transfusion.generate import Engine
 from transfusion.sequence import Segment, Text
 
+LOOKED_THROUGH = 1 << 16  # documents of a split that are read for what they are
+
 
 def by_split(corpus: Corpus) -> dict[str, list[Document]]:
-    """All documents by split; held-out ones may say why in their info ("unseen"), which parts them."""
+    """All documents by split, or some of very many; held-out ones may say why in their info ("unseen"), which parts
+    them."""
     found: dict[str, list[Document]] = {}
     for split, documents in corpus.interleaved.documents.items():
-        for document in documents:
+        for document in map(documents.__getitem__, some(len(documents), LOOKED_THROUGH, 0)):
             why = str(document.info.get("unseen") or "").replace("/", " ")
             found.setdefault(f"{split}_{why}" if split != "train" and why else split, []).append(document)
     return found
@@ -28,7 +31,7 @@ def by_split(corpus: Corpus) -> dict[str, list[Document]]:
 
 def some_of(documents: list[Document], n: int, seed: int) -> list[Document]:
     """At most n of them, drawn once by seed, in their order."""
-    return [documents[i] for i in sorted(np.random.default_rng(seed).permutation(len(documents))[:n].tolist())]
+    return [documents[i] for i in some(len(documents), n, seed)]
 
 
 def given(corpus: Corpus, document: Document) -> list[Segment]:

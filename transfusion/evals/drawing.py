@@ -2,6 +2,8 @@
 
     caption -> drawing -> its nearest of all real images, of every split -> does it carry the caption?
 
+Of data with more images than `n_candidates` so many stand for all: figures of other numbers are no comparison.
+
 Distances are L2 between pixels and, where weights are given, between EfficientNet-Lite features. A caption's rank is
 the number of real images closer than the closest that carries it, duplicates of which count as carrying it too; top-k
 is a rank below k. Chance is what a random order of the real images gives. FD-EffNet compares all drawings of a split
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor
 
 from transfusion.data.documents import Corpus
-from transfusion.data.images import SPLITS, Size
-from transfusion.evals.config import EvalConfig, chosen
+from transfusion.data.images import Size
+from transfusion.evals.config import Candidate, EvalConfig, candidates, chosen, look
 from transfusion.evals.features import efficientnet
 from transfusion.evals.frechet import frechet_distance
 from transfusion.evals.interval import wilson
@@ -50,14 +52,12 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def carriers(corpus: Corpus, texts: list[str]) -> np.ndarray:
-    """[n, m] bool: which of all m real images carry each text, or look exactly like one that does."""
-    everything = [corpus.captions[split] for split in SPLITS]
-    flat = [image for c in everything for image in c.images]
-    look: dict[bytes, int] = {}
-    same = np.array([look.setdefault(image.tobytes(), len(look)) for image in flat])  # [m] equal where images are
+def carriers(real: Sequence[Candidate], texts: list[str]) -> np.ndarray:
+    """[n, m] bool: which of m real images carry each text, or look exactly like one that does."""
+    number: dict[bytes, int] = {}
+    same = np.array([number.setdefault(look(image), len(number)) for image, _ in real])  # [m] equal where images are
     numbers: dict[str, list[int]] = {}
-    for i, own in enumerate(own for c in everything for own in c.texts):
+    for i, (_, own) in enumerate(real):
         for text in own:
             numbers.setdefault(text, []).append(i)
     return np.stack([np.isin(same, same[numbers[text]]) for text in texts])
@@ -83,11 +83,11 @@ def of_one_size(images: Sequence[np.ndarray], size: Size) -> np.ndarray:
 
 def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: top-k with its interval in each space, and chance."""
-    everything = [image for split in SPLITS for image in corpus.captions[split].images]
+    everything = list(candidates(corpus, config))
     if not everything:
         return
     size = corpus.config.sizes[0]
-    real = of_one_size(everything, size)
+    real = of_one_size([image for image, _ in everything], size)
     spaces = {"pixel": pixels}
     if config.features and config.n_captions:
         spaces["feature"] = efficientnet(config.features, engine.device)
@@ -95,7 +95,7 @@ def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
     for split, numbers in chosen(corpus, config.n_captions, config.seed):
         captions, n = corpus.captions[split], len(numbers)
         texts = [captions.texts[i][0] for i in numbers]
-        drawn, right = of_one_size(draw(engine, texts, config), size), carriers(corpus, texts)
+        drawn, right = of_one_size(draw(engine, texts, config), size), carriers(everything, texts)
         yield f"drawing/{split}/n", n
         for space, embed in spaces.items():
             embedded = embed(drawn)
