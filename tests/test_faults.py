@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,10 +55,46 @@ def test_a_rank_that_dies_is_started_again_and_the_run_ends_as_if_it_had_not(con
 def test_where_a_rank_hangs_all_say_where_they_stand_and_leave(config, tmp_path):
     done = failing("hangs", config, tmp_path, "parallel.timeout=15")
     assert done.returncode != 0
-    assert "Timeout (0:00:15)!" in done.stderr and "in fail" in done.stderr, "the one that hangs is seen where it does"
+    assert "Timeout (0:00:16)!" in done.stderr and "in fail" in done.stderr, "the one that hangs is seen where it does"
     # the first to leave closes what the other waits for, which may hear of it before its own time is up
-    assert done.stderr.count("Timeout (0:00:15)!") == 2 or "rank 0 ends: " in done.stderr, done.stderr
+    assert done.stderr.count("Timeout (0:00:16)!") == 2 or "rank 0 ends: " in done.stderr, done.stderr
+    for rank in {0, 1} if done.stderr.count("Timeout (0:00:16)!") == 2 else {1}:
+        assert f"rank {rank}: a step has not ended in parallel.timeout = 15 s" in done.stderr
+    assert "raise parallel.timeout" in done.stderr
     assert saved(tmp_path) == [5, 10]
+
+
+START = """
+import os, sys, time
+from transfusion.parallel import ParallelConfig, join
+
+with join(ParallelConfig(timeout=0.5), "cpu") as ranks:
+    with ranks.lead_first():
+        if ranks.leads:
+            time.sleep(3)  # as long as six steps may take
+    print("begun", flush=True)
+    ranks.meet()
+    if ranks.rank == int(sys.argv[1]):
+        if ranks.leads:
+            os.kill(os.getpid(), 9)
+        raise ValueError("no such data")
+    ranks.meet()
+"""
+
+
+@pytest.mark.parametrize("ends, says", [(0, "gone, and so is rank 0"), (1, "has failed: rank 1: no such data")])
+def test_a_start_may_take_longer_than_a_step_and_ends_where_a_rank_does(ends, says):
+    """Without torchrun, which would end the other one: rank 0 is killed, or rank 1 finds a mistake."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", START, str(ends)], **quiet(**told, RANK=rank, LOCAL_RANK=rank))
+        for rank in "01"
+    ]
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    out, err = said[1 - ends]
+    assert (out, ranks[1 - ends].returncode) == ("begun\n", 2) and says in err, err
 
 
 def test_a_step_with_nan_in_one_rank_is_skipped_by_all(config, tmp_path):

@@ -19,10 +19,11 @@ import faulthandler
 import os
 import resource
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -36,6 +37,7 @@ from transfusion.weights import weights
 
 CPU = torch.device("cpu")
 SLACK = 60  # seconds that a collective waits longer than a step may take: so that all ranks say where they stand
+MET, FAILED = "met", "failed"  # keys of the store: how often ranks came to a meeting; what the first to fail said
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class ParallelConfig:
 
     shards: int = 0  # ranks that a weight is spread over; 0 = all
     context: int = 1  # ranks that share the positions of a row (context.py)
-    timeout: float = 1800.0  # seconds that a step may take, or what comes between two, before all ranks give up
+    timeout: float = 1800.0  # seconds that a step may take, a sheet and a checkpoint included; the start is not timed
 
     def __post_init__(self):
         if self.shards < 0 or self.context < 1 or self.timeout <= 0:
@@ -65,8 +67,10 @@ class Ranks:
     mesh: DeviceMesh | None = None  # [copies, shards]
     context: Context | None = None  # this rank among those that share its rows
     saving: dist.ProcessGroup | None = None  # on which checkpoints are agreed on, while training goes on
+    store: dist.Store | None = None  # where the ranks found each other
     timeout: float = 0.0
     idle: list[float] = field(default_factory=lambda: [0.0])  # seconds that it has waited for the others' numbers
+    clock: list[threading.Timer] = field(default_factory=list)  # of the step that it is in
 
     @property
     def leads(self) -> bool:
@@ -105,14 +109,33 @@ class Ranks:
         """Returns once all ranks are here."""
         self.total(0)
 
+    def meet(self):
+        """Returns once all ranks are here, however long that takes: at the start one may encode a data set for hours.
+
+        OSError where another has failed, or rank 0 is gone, with which the store is. It is torchrun that ends the
+        others where one is killed.
+        """
+        if self.store is None:
+            return
+        try:
+            came, pause = self.store.add(MET, 1), 0.01
+            expected = -(-came // self.size) * self.size  # nobody comes to the next meeting before all came to this
+            while self.store.add(MET, 0) < expected:
+                if self.store.check([FAILED]):
+                    raise OSError(f"another rank has failed: {self.store.get(FAILED).decode()}")
+                time.sleep(pause)
+                pause = min(1.0, 2 * pause)
+        except dist.DistError:
+            raise OSError("the ranks' store is gone, and so is rank 0 or its torchrun: see what it said") from None
+
     @contextmanager
     def lead_first(self) -> Iterator[None]:
         """The block is run by the rank that leads, then by the others: what it leaves on disk they find there."""
         if not self.leads:
-            self.wait()
+            self.meet()
         yield
         if self.leads:
-            self.wait()
+            self.meet()
 
     def strain(self, waited: float, seconds: float) -> dict[str, float]:
         """What held up the last `seconds`, of which this rank `waited` for data, and what they took.
@@ -129,8 +152,24 @@ class Ranks:
 
     def alive(self):
         """To be called once a step: a process that has not for `timeout` seconds says where it stands, and ends."""
-        if self.mesh is not None:
-            faulthandler.dump_traceback_later(self.timeout, exit=True)
+        if self.mesh is None:
+            return
+        self.rest()
+        words = (
+            f"rank {self.rank}: a step has not ended in parallel.timeout = {self.timeout:g} s, so all ranks leave. "
+            "Below stands where it is; the one that hangs is elsewhere than the others, which wait for it. If a step "
+            "may take so long, with its sheet and its checkpoint, raise parallel.timeout"
+        )
+        self.clock.append(threading.Timer(self.timeout, print, [words], {"file": sys.stderr, "flush": True}))
+        self.clock[0].daemon = True
+        self.clock[0].start()
+        faulthandler.dump_traceback_later(self.timeout + 1, exit=True)  # which no lock of a hanging library holds up
+
+    def rest(self):
+        """From here on nothing is timed, until the next step."""
+        faulthandler.cancel_dump_traceback_later()
+        while self.clock:
+            self.clock.pop().cancel()
 
 
 ALONE = Ranks()
@@ -169,17 +208,19 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     patience = timedelta(seconds=config.timeout + SLACK)
     how = {"timeout": patience, "rank": rank, "world_size": size, "device_id": on if cuda else None}
-    dist.init_process_group(backend, store=meeting_place(patience), **how)
+    store = meeting_place(patience)
+    dist.init_process_group(backend, store=store, **how)
     try:
         mesh = mesh_of(config, size, on.type)
         saving = dist.new_group(backend="gloo", timeout=patience)
-        ranks = Ranks(rank, size, on, mesh, context_of(config, on.type), saving, config.timeout)
-        ranks.alive()
+        ranks = Ranks(rank, size, on, mesh, context_of(config, on.type), saving, store, config.timeout)
         yield ranks
         ranks.wait()
     except BaseException as error:
+        with suppress(dist.DistError):  # where the store is gone the others know
+            store.set(FAILED, f"rank {rank}: {error}")
         leave(rank, error)
-    faulthandler.cancel_dump_traceback_later()
+    ranks.rest()
     dist.destroy_process_group()
 
 

@@ -75,7 +75,6 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     same_codec(codec, config.data)
     with ranks.lead_first():  # it encodes images, the others find them encoded
         corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
-    ranks.alive()
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
@@ -120,13 +119,13 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
             with redirect_stdout(None):  # it has said what there is to say
                 fresh(model, config, tokenizer, ranks)
         training = start(model, optimizers, config)
-    ranks.alive()
     if ranks.leads:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(configs.to_toml(config))
         if not found:  # else it is there, and others may be reading it
             tokenizer.save(run / TOKENIZER)
         (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
+    ranks.meet()  # from here on steps are timed
 
     lost = Lost(run / "lost.txt", config.data.max_lost)
 
@@ -170,6 +169,7 @@ def fresh(model: Transfusion, config: RunConfig, tokenizer: Tokenizer, ranks: Ra
     if ranks.leads:
         drawn = build_model(config.model, "meta").to_empty(device="cpu")
         begin(drawn, config, tokenizer)
+    ranks.meet()
     scatter(drawn, model)
 
 
