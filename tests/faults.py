@@ -18,7 +18,7 @@ from transfusion.cli import main
 from transfusion.loss import Losses
 
 kind, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-compute, losses, at = training.gradients, training.losses, [-1]
+compute, losses, make_room, at = training.gradients, training.losses, training.room, [-1]
 
 
 def children() -> list[int]:
@@ -51,9 +51,17 @@ def poisoned(*inputs):
     return Losses(lm * (math.nan if at[0] == step else 1), image)
 
 
+def no_room(*inputs):
+    if at[0] == step:
+        raise torch.OutOfMemoryError("all taken")
+    make_room(*inputs)
+
+
 torch.set_num_threads(1)
 if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     training.gradients = faulty
     if kind == "finds nan":
         training.losses = poisoned
+    elif kind == "has no room":
+        training.room = no_room
 sys.exit(main(sys.argv[4:]))

@@ -215,11 +215,22 @@ def test_misfit_of_optimizer_or_average_changes_nothing(tmp_path):
 
 
 def test_damaged_weights_are_refused(tmp_path):
+    save(tmp_path, 4)
     path = save(tmp_path, 5)
     size = (path / "__0_0.distcp").stat().st_size
     (path / "__0_0.distcp").write_bytes(b"\xff" * size)
-    with pytest.raises(ValueError, match=r"step_00000005 is damaged: rank 0: "):
+    with pytest.raises(ValueError, match=r"(?s)step_00000005 is damaged: rank 0: .*move that .*taken: .*step_00000004"):
         load_checkpoint(path, model=Toy())
+    (path / ".metadata").write_bytes(b"\xff" * (path / ".metadata").stat().st_size)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged: .*; move that folder away"):
+        load_checkpoint(path, model=Toy())
+
+
+def test_weights_in_the_format_of_another_version_are_refused_with_what_to_do(tmp_path):
+    path = save(tmp_path, 5)
+    (path / ".metadata").rename(path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no \.metadata, .*other versions .*init=FOLDER"):
+        load_weights(Toy(), path)
 
 
 def test_parts_that_are_on_another_machine_are_missed_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ with open(os.environ["SAID"], "a") as file:
 FAKES = {  # of Slurm: srun runs its command once, as on one node; scontrol knows the nodes; scancel signals the steps
     "torchrun": SAY,
     "scancel": SAY,
-    "srun": '#!/bin/bash\n[[ $1 = --* ]] && shift\nexec "$@"\n',
+    "srun": '#!/bin/bash\nsay srun "$@"\nwhile [[ $1 = --* ]]; do shift; done\nexec "$@"\n',
     "scontrol": '#!/bin/bash\nif [[ $1 = show ]]; then printf "node1\\nnode2\\n"; else exec say "$@"; fi\n',
     "say": SAY,
 }
@@ -57,6 +57,7 @@ def of_slurm() -> dict[str, str]:
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": asked["nodes"],
         "SLURM_GPUS_PER_NODE": asked["gpus-per-node"],
+        "SLURM_CPUS_PER_TASK": asked["cpus-per-task"],
         "SLURM_JOB_ID": "7",
     }
 
@@ -81,8 +82,9 @@ def told(recipe: str, tmp_path: Path) -> tuple[list[str], int]:
         return arguments, 4 * 8
     if recipe == "slurm.sbatch":
         words = ["configs/paper-7b-linear.toml", "out=/shared/runs/7b"]
-        ((_, *arguments),) = run(tmp_path, [str(LAUNCH / recipe), *words], **of_slurm())
+        (_, _, *of_srun), (_, *arguments) = run(tmp_path, [str(LAUNCH / recipe), *words], **of_slurm())
         asked = slurm_directives()
+        assert f"--cpus-per-task={asked['cpus-per-task']}" in of_srun, "srun inherits it not"
         return arguments, int(asked["nodes"]) * int(asked["gpus-per-node"])
     if recipe == "jobset.yaml":
         (job,) = jobset()["spec"]["replicatedJobs"]
@@ -143,8 +145,8 @@ sys.exit(1)
     monkeypatch.setitem(FAKES, "torchrun", "#!/usr/bin/env python3" + script)
     ours = f"SCRIPT=$$ exec bash {LAUNCH / 'slurm.sbatch'} configs/demo.toml"
     said = run(tmp_path, ["-c", ours], **of_slurm())
-    assert [call[0] for call in said] == ["torchrun", "scancel", "say"]
-    assert said[1:] == [["scancel", "--signal=SIGUSR1", "7"], ["say", "requeue", "7"]]
+    assert [call[0] for call in said] == ["say", "torchrun", "scancel", "say"]
+    assert said[2:] == [["scancel", "--signal=SIGUSR1", "7"], ["say", "requeue", "7"]]
 
 
 def test_a_failed_job_of_slurm_is_not_queued_again(tmp_path, monkeypatch):

@@ -105,6 +105,19 @@ def test_samples_see_the_average_and_the_model_has_its_own_weights_after(tmp_pat
     assert model.weight.item() != pytest.approx(training.ema[0].item())
 
 
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path, capsys):
+    run(tmp_path, config())
+    four, seven = (tmp_path / "checkpoints" / f"step_0000000{step}" for step in (4, 7))
+    part = seven / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:10])
+    assert find_checkpoint(tmp_path, resume=True) == four
+    said = capsys.readouterr().out
+    assert f"{seven} is damaged (its __0_0.distcp has 10 bytes instead of" in said and "from step_00000004" in said
+    (four / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"00000004 is damaged \(it has no state.json\); .*move it away to begin anew"):
+        find_checkpoint(tmp_path, resume=True)
+
+
 def test_a_resumed_loop_begins_with_the_next_step(tmp_path):
     whole = run(tmp_path / "whole", config())[3].weight.item()
     run(tmp_path / "cut", config(steps=4))

@@ -15,7 +15,7 @@ from transfusion.cli import main, parse
 from transfusion.cluster import GPUS, Cluster
 from transfusion.config import load_config
 from transfusion.flops import count_flops, parameters_of
-from transfusion.memory import estimate_memory
+from transfusion.memory import drawing_memory, estimate_memory
 from transfusion.plan import plan, plan_cluster, scale
 from transfusion.run import RunConfig
 
@@ -37,6 +37,16 @@ def test_a_cpu_keeps_the_scores_of_its_strips_too():
 
     bf16 = replace(CONFIG, train=replace(CONFIG.train, precision="bf16", compile=True))
     assert kept(replace(bf16, device="cpu")) > kept(bf16)
+
+
+def test_a_sheet_takes_the_whole_model_in_the_precision_that_it_is_drawn_in():
+    n = sum(parameters_of(CONFIG.model).values())
+    full = replace(CONFIG, train=replace(CONFIG.train, precision="fp32"))
+    assert (
+        drawing_memory(full) == 4 * n
+        and 2 * n < drawing_memory(replace(CONFIG, train=replace(CONFIG.train, precision="bf16"))) < 4 * n
+    )
+    assert "a sheet: " in plan_cluster(CONFIG, Cluster(4))
 
 
 def test_speeds_follow_from_the_flops_of_a_step():
@@ -77,6 +87,8 @@ def test_the_plan_for_many_has_three_columns_that_add_up():
         (["--gpus", "2", "--mfu", "40"], "a share of the peak"),
         (["--gpus", "-4"], "at least 1 rank"),
         (["--gpus", "2", "--storage", "0"], "GB/s, above 0"),
+        (["train.compile=true", "train.checkpointing=full"], "leave one of the two out"),  # on the CPU that it names
+        (["parallel.shards=2"], "say how many ranks by --gpus"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(arguments, says, tmp_path, capsys):

@@ -297,6 +297,15 @@ def test_sample_sheets_are_drawn_at_their_steps_and_leave_training_as_it_is(tiny
     assert_same_runs(tmp_path / "plain", tmp_path / "drawn")
 
 
+def test_a_sheet_for_which_there_is_no_room_is_left_out_and_training_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    def full(*inputs):
+        raise torch.OutOfMemoryError("all taken")
+
+    monkeypatch.setattr(loop, "draw_samples", full)
+    assert read_state(train(with_train(tiny, sample_every=8), tmp_path))["step"] == 8
+    assert "no sheet is drawn, as memory does not suffice beside the training (all taken)" in capsys.readouterr().out
+
+
 def test_minutes_become_steps_and_the_run_is_the_run_of_so_many_steps(tiny, tmp_path, monkeypatch):
     measured = loop.seconds_per_step
 

@@ -138,7 +138,11 @@ def load_checkpoint(
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
     wanted |= {key: tensor for of_one in states for of_name in of_one.values() for key, tensor in of_name.items()}
-    read_shards(wanted, path)
+    try:
+        read_shards(wanted, path)
+    except ValueError as error:
+        older = [p for p in checkpoints(path.parent) if step_of(p) < state["step"]]
+        raise ValueError(f"{error}: {older[-1] if older else 'but there is none'}") from None
     for optimizer, of_one in zip(optimizers or [], states):
         # The groups are the live ones: a weight decay changed for the rest of the run must hold, not the saved one.
         live, names = optimizer.state_dict()["param_groups"], [name for name, _ in named(optimizer)]
@@ -238,8 +242,13 @@ def step_of(path: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of the folder, lowest step first."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and fault_of(p) is None]
-    return sorted(found, key=step_of)
+    return [path for path, fault in faults(folder).items() if fault is None]
+
+
+def faults(folder: Path) -> dict[Path, str | None]:
+    """What keeps each checkpoint of the folder from being complete, or None, lowest step first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return {path: fault_of(path) for path in sorted(found, key=step_of)}
 
 
 def fault_of(path: Path) -> str | None:

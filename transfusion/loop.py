@@ -50,8 +50,20 @@ class Training:
 
 
 def find_checkpoint(run: Path, resume: bool) -> Path | None:
-    """The run's newest checkpoint; ValueError where there is one and the run is not to be resumed."""
+    """The run's newest complete checkpoint, and says which newer ones are damaged.
+
+    ValueError where there is one and the run is not to be resumed, or where there are damaged ones alone.
+    """
     found = checkpoint.latest_checkpoint(run / "checkpoints")
+    faults = checkpoint.faults(run / "checkpoints")
+    damaged = [f"{path} is damaged ({fault})" for path, fault in faults.items() if fault]
+    if damaged and not found:
+        raise ValueError(
+            f"{'; '.join(damaged)}, and no other checkpoint is there: restore it, or move it away to begin anew"
+        )
+    for path, fault in faults.items():
+        if resume and fault and checkpoint.step_of(path) > checkpoint.step_of(found):
+            print(f"{path} is damaged ({fault}): going on from {found.name}, which is the newest complete checkpoint")
     if found and not resume:
         raise ValueError(f"{run} holds a run already: go on with it by --resume, or give another folder by out=FOLDER")
     return found

@@ -35,6 +35,7 @@ from transfusion.flops import copies, count_images, grid_of
 from transfusion.loss import Noise, losses
 from transfusion.model.float8 import use_float8
 from transfusion.model.head import LOGITS
+from transfusion.model.precision import empty_at_precision
 from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Mask, Transfusion, build_model
 from transfusion.model.varlen import Strip, VarlenMask, varlen_mask
@@ -172,6 +173,13 @@ def presumed(config: RunConfig, rows: int) -> Batch:
 def rehearse_presumed(config: RunConfig, rows: int, on: str, scatter: bool) -> Rehearsal:
     """`rehearse` of presumed rows, once: how weights are sharded changes nothing in it."""
     return rehearse(config, presumed(config, rows), on, scatter)
+
+
+def drawing_memory(config: RunConfig) -> float:
+    """Bytes of the weights with which one of several ranks draws a sheet, in the precision of a GPU."""
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    model = empty_at_precision(config.model, dtype, "meta")
+    return float(sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def estimate_memory(config: RunConfig, cluster: Cluster | None = None, on: str = "cuda") -> dict[str, float]:

@@ -304,16 +304,24 @@ def scatter(whole: nn.Module | None, model: nn.Module):
                 own.copy_(full)
 
 
-def gather(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The whole tensors, on the CPU of the rank that leads; the others, which must call it too, get none."""
+def room(tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Raises torch's OutOfMemoryError where there is none to gather the largest of the tensors."""
+    torch.empty(2, max(tensor.numel() for tensor in tensors.values()), device=ranks.device)  # in parts, and joined
+
+
+@torch.no_grad()
+def gather(tensors: dict[str, Tensor], whole: nn.Module | None) -> None:
+    """Gives `whole`, a plain model on the rank that leads, these tensors by name; the others must call it too.
+
+    One after the other, and in the types that `whole` has: no device ever holds more of them beside it than one.
+    """
     from torch.distributed.tensor import DTensor
 
-    found = {}
+    room_of = weights(whole) if whole is not None else {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if ranks.leads:
-            found[name] = full.detach().cpu()
-    return found
+        if room_of:
+            room_of[name].copy_(full)
 
 
 class Muon:

@@ -10,18 +10,21 @@ from dataclasses import dataclass, replace
 from transfusion.cluster import GPUS, Cluster, hidden_up_to, traffic
 from transfusion.data.loader import micro_batches
 from transfusion.flops import count_6nd, count_flops, count_images, grid_of, parameters_of
-from transfusion.memory import estimate_memory
+from transfusion.memory import drawing_memory, estimate_memory
 from transfusion.model.recompute import MODES
 from transfusion.model.transformer import build_model
 from transfusion.optim import freeze, trained
-from transfusion.run import RunConfig
+from transfusion.run import RunConfig, check_compile
 
 FITS = 0.9  # of a GPU's memory: the rest is for CUDA, NCCL and what the allocator cannot use
 
 
 def plan(config: RunConfig) -> str:
     """The plan for one device."""
-    on = "cpu" if config.device == "cpu" else "cuda"
+    on, p = "cpu" if config.device == "cpu" else "cuda", config.parallel
+    check_compile(config.train, on)
+    if p.shards or p.context > 1:
+        raise ValueError(f"parallel.shards = {p.shards}, parallel.context = {p.context}: say how many ranks by --gpus")
     memory = estimate_memory(config, on=on)
     return "\n".join(
         [
@@ -144,6 +147,8 @@ def plan_cluster(
     lines.append(f"  of each GPU: {s.tokens / n:,.0f} positions/s, {s.images / n:,.2f} images/s")
     saved = f"{s.saved / 1e9:,.1f} GB, {s.saved / 1e9 / cluster.of_shard:,.2f} of a GPU that holds a shard"
     lines.append(f"a checkpoint: {saved}; {s.saved / 1e9 / storage:,.1f} s at {storage:g} GB/s")
+    whole = drawing_memory(config) / 1e9
+    lines.append(f"a sheet: {whole:,.1f} GB of weights on rank 0, whole, beside its shards")
     lines += ["", length_of(config)]
     if c.steps:
         lines.append(f"  {s.days:,.2f} days, {s.days * 24 * n:,.0f} GPU hours")

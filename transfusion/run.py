@@ -238,6 +238,15 @@ def pick_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_compile(config: TrainConfig, on: str) -> None:
+    """ValueError where a device of that type cannot compute compiled layers again."""
+    if config.compile and config.checkpointing != "none" and on == "cpu":
+        raise ValueError(
+            f"train.compile = true, train.checkpointing = {config.checkpointing!r}: on a CPU attention stands "
+            "outside of the compiled layers, and what is computed again must be whole: leave one of the two out"
+        )
+
+
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether matrix products run in bfloat16: "auto" says yes where the hardware has instructions for them."""
     if precision != "auto":

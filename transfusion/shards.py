@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 METADATA = ".metadata"
+REMEDY = "move that folder away, and the checkpoint before it is taken"
 
 
 class Kind(NamedTuple):
@@ -39,7 +40,7 @@ def read_shards(tensors: dict[str, Tensor], folder: Path):
     """Fills the tensors, sharded or not, by name, in place; each rank by itself. ValueError where one is damaged."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    with own_errors(ValueError, f"{folder} is damaged"), alone_is_fine(), torch.no_grad():
+    with own_errors(ValueError, f"{folder} is damaged", REMEDY), alone_is_fine(), torch.no_grad():
         load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
 
 
@@ -47,10 +48,15 @@ def kinds(folder: Path) -> dict[str, Kind]:
     """What is stored, by name."""
     from torch.distributed.checkpoint import FileSystemReader
 
+    if not (folder / METADATA).is_file():
+        raise ValueError(
+            f"{folder} has no {METADATA}, as checkpoints of other versions have none: by the version that wrote it "
+            "`transfusion export` the model, and begin a new run with it by init=FOLDER"
+        )
     try:
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # of unpickling anything
-        raise ValueError(f"{folder / METADATA} is damaged: {error}") from None
+        raise ValueError(f"{folder / METADATA} is damaged: {error}; {REMEDY}") from None
     return {name: Kind(tuple(x.size), x.properties.dtype) for name, x in stored.items()}
 
 
@@ -74,7 +80,7 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def own_errors(kind: type[Exception], what: str) -> Iterator[None]:
+def own_errors(kind: type[Exception], what: str, remedy: str = "") -> Iterator[None]:
     """Turns DCP's errors, which except clauses for Exception miss, into `kind`, in one line."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -82,7 +88,7 @@ def own_errors(kind: type[Exception], what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         failures = "; ".join(f"rank {rank}: {e}" for rank, (e, _) in sorted(error.failures.items()))
-        raise kind(f"{what}: {failures}") from None
+        raise kind("; ".join(filter(None, (f"{what}: {failures}", remedy)))) from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ batch -> noise -> losses -> backward -> clip,      each a function of (config, s
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -32,12 +33,13 @@ from transfusion.llama import is_llama
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.float8 import use_float8
+from transfusion.model.precision import empty_at_precision
 from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, trained
-from transfusion.parallel import Muon, Ranks, gather, join, scatter, shard
+from transfusion.parallel import Muon, Ranks, gather, join, room, scatter, shard
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, format_of, pick_device, same_codec, uses_bf16, uses_float8
+from transfusion.run import RunConfig, check_compile, format_of, pick_device, same_codec, uses_bf16, uses_float8
 from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
 from transfusion.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ from transfusion.weights import trained_names, weights
 
 CALIBRATION_STEPS = 8
 SAMPLED = 12  # captions on a sample sheet
+NO_ROOM = "no sheet is drawn, as memory does not suffice beside the training ({}): train.sample_every=0 asks for none"
 
 
 def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
@@ -64,11 +67,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     """Trains the run from the checkpoint `found`, or from its beginning."""
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
-    if config.train.compile and config.train.checkpointing != "none" and device.type == "cpu":
-        raise ValueError(
-            f"train.compile = true, train.checkpointing = {config.train.checkpointing!r}: on a CPU attention stands "
-            "outside of the compiled layers, and what is computed again must be whole: leave one of the two out"
-        )
+    check_compile(config.train, device.type)
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
@@ -150,8 +149,11 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
 
     def sample(path: Path):
         with whole(model, training.ema, config, ranks) as drawing:
-            if ranks.leads:
-                draw_samples(drawing, tokenizer, config, corpus, path)
+            try:
+                if drawing is not None:
+                    draw_samples(drawing, tokenizer, config, corpus, path)
+            except torch.OutOfMemoryError as error:
+                print(NO_ROOM.format(error))
 
     workers, pinned = config.data.workers, device.type == "cuda"
     batches = load_batches(packer, training.step, config.train.steps, workers, pin_memory=pinned)
@@ -177,17 +179,28 @@ def fresh(model: Transfusion, config: RunConfig, tokenizer: Tokenizer, ranks: Ra
 def whole(
     model: Transfusion, ema: list[Tensor] | None, config: RunConfig, ranks: Ranks
 ) -> Iterator[Transfusion | None]:
-    """The averaged model, to draw with; where it is spread over ranks a whole copy, on the rank that leads alone."""
+    """The averaged model, to draw with; where it is spread over ranks a whole copy, on the rank that leads alone.
+
+    That copy is in the precision that an engine draws in; None, on all ranks, where one of them has no room for it.
+    """
     if ranks.mesh is None:
         with averaged(model, ema):
             yield model
         return
-    averages = dict(zip(trained_names(model), ema or []))
-    found = gather(weights(model) | averages, ranks)
-    drawing = None
-    if ranks.leads:
-        drawing = build_model(config.model, "meta").to_empty(device=ranks.device)
-        drawing.load_state_dict(found)
+    held, drawing, lacks = weights(model) | dict(zip(trained_names(model), ema or [])), None, False
+    dtype = torch.bfloat16 if uses_bf16(config.train.precision, ranks.device) else torch.float32
+    try:
+        if ranks.leads:
+            drawing = empty_at_precision(config.model, dtype, ranks.device)
+        room(held, ranks)
+    except torch.OutOfMemoryError as error:
+        drawing, lacks = None, True
+        print(f"rank {ranks.rank}: {error}", file=sys.stderr)
+    if ranks.most(lacks)[0]:  # known to all before they gather, as none may leave that halfway
+        print(NO_ROOM.format("a rank has no room to gather the model"))
+        yield None
+        return
+    gather(held, drawing)
     yield drawing
     ranks.wait()
 

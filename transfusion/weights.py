@@ -78,6 +78,8 @@ def open_weights(path: Path, averaged: bool = True) -> Source:
             {name: stored[key].shape for name, key in keys.items()},
             lambda tensors: read_shards({keys[name]: tensor for name, tensor in tensors.items()}, path),
         )
+    if path.is_dir():
+        kinds(path)  # says what it lacks
     if not path.is_file():
         raise ValueError(f"there is no {path}")
 
@@ -87,7 +89,7 @@ def open_weights(path: Path, averaged: bool = True) -> Source:
             with safetensors.safe_open(path, "pt") as file:
                 yield file
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise ValueError(f"{path} is damaged: {error}; export the model again, or fetch it again") from None
 
     @torch.no_grad()
     def read(tensors: dict[str, Tensor]):

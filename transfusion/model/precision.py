@@ -8,21 +8,33 @@ float32    embeddings, norms, the residual stream between the layers, rotary ang
 from copy import deepcopy
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from transfusion.model.paths import Linear, multiply_by, plain, stack
-from transfusion.model.transformer import Transfusion
+from transfusion.model.transformer import ModelConfig, Transfusion, build_model
+
+
+def halved(model: Transfusion) -> list[Module]:
+    """The parts of a model whose products are in half precision."""
+    linear = [module for module in model.layers.modules() if isinstance(module, Linear)]
+    return [module for module in (model.output, model.patches, model.refine, *linear) if module is not None]
+
+
+def empty_at_precision(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Transfusion:
+    """A model with room for weights as its products in `dtype` take them, to be filled; nothing of it is stacked."""
+    model = build_model(config, "meta")
+    for module in halved(model):
+        module.to(dtype)
+    return model.to_empty(device=device)
 
 
 def at_precision(model: Transfusion, dtype: torch.dtype) -> Transfusion:
-    """The model with its products in `dtype`: itself in float32, else one with its own matrices, the rest shared."""
-    if dtype == torch.float32:
+    """The model with its products in `dtype`: itself where they are, else one with matrices of its own."""
+    if model.output.weight.dtype == dtype:
         return model
-    linear = [module for module in model.layers.modules() if isinstance(module, Linear)]
-    halved = [module for module in (model.output, model.patches, model.refine, *linear) if module is not None]
     # what deepcopy finds here it does not copy: no second copy in float32 is made on the way
     known = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    for module in halved:
+    for module in halved(model):
         known |= {id(p): Parameter(p.to(dtype), p.requires_grad) for p in module.parameters()}
         known |= {id(b): b.to(dtype) for b in module.buffers() if b.is_floating_point()}
     known |= {id(of_layer["forward"]): None for of_layer in map(vars, model.layers) if "forward" in of_layer}
