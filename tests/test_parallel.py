@@ -25,9 +25,11 @@ RUNS = {
     "few images": ["data.image_share=0.15", "model.refine_width=4", "train.image_weight=1"],
     "own weights": ["model.separate=ffn,attention,norms", "data.image_share=0.15", "train.checkpointing=selective"],
     "text alone": ["data.image_share=0"],
+    "frozen text": ["optim.freeze=text", "data.image_share=0.15", "train.image_weight=1"],
     # three matrices for Muon, and a rank that owns none
     "few matrices": ["optim.name=muon", "model.n_layers=1", "model.separate=ffn", "optim.freeze=text"],
 }
+OF_FOUR = ("adamw", "muon", "few images", "few matrices", "frozen text")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
     )
     launch(
         4,
-        [job(config, tmp_path / f"4 {name}", *RUNS[name]) for name in ("adamw", "muon", "few images", "few matrices")]
+        [job(config, tmp_path / f"4 {name}", *RUNS[name]) for name in OF_FOUR]
         + [job(config, tmp_path / "4 in 2 copies", "parallel.shards=2", *RUNS["muon"])]
         + [job(config, tmp_path / "4, 2 a row", "parallel.context=2", *RUNS["own weights"])]
         + [job(config, tmp_path / "4 with an async save", "train.save_async=true")]
@@ -77,7 +79,7 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
     train(load_config(RunConfig, config, [*SHORT, "train.micro_batch=1"]), tmp_path / "1 in parts")
     for name in RUNS:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"2 {name}")
-    for name in ("adamw", "muon", "few images", "few matrices"):
+    for name in OF_FOUR:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"4 {name}")
     assert_alike(tmp_path / "1 own weights", tmp_path / "4, 2 a row")
     for name in ("1 in parts", "2 on 1", "2 on 2", "2 on 4", "4 with an async save"):

@@ -285,7 +285,20 @@ def shard(model: nn.Module, ranks: Ranks, bf16: bool):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # gradients add up: losses are divided by the whole step's counts
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.layers[0].register_forward_pre_hook(go_back, prepend=True)
     model.to_empty(device=ranks.device)
+
+
+def go_back(layer: nn.Module, args: tuple) -> tuple:
+    """The first layer's arguments, of which its streams ask for a gradient, if only to be thrown away.
+
+    On the way back FSDP gathers and scatters the layers that a gradient goes through, as it comes by: where text is
+    frozen, it would come by on the ranks whose rows have images, and not on the others, which they would wait for.
+    """
+    streams, *rest = args
+    if torch.is_grad_enabled() and not any(x.requires_grad for x in streams):
+        streams = [streams[0].detach().requires_grad_(), *streams[1:]]
+    return streams, *rest
 
 
 def scatter(whole: nn.Module | None, model: nn.Module):
