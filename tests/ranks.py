@@ -1,4 +1,4 @@
-"""Trainings by several ranks, one after the other in the same processes: torchrun ... ranks.py JOBS.json
+"""Trainings by ranks, one after the other in the same processes: torchrun ... ranks.py JOBS.json DEVICE COMPILER
 
 A job is {"config": TOML, "overrides": [...], "out": RUN}; with "from": [RUN, STEP], the run goes on from that
 checkpoint of another. `launch` starts them.
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ import torch
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def launch(n: int, jobs: list[dict], folder: Path) -> None:
-    """Lets n ranks do the jobs."""
+def launch(n: int, jobs: list[dict], folder: Path, device: str = "cpu", compiler: str = "inductor") -> None:
+    """Lets n ranks do the jobs, or, n = 0, a process that torchrun did not start; `compiler`: a backend of torch's."""
     file = folder / f"jobs-{n}.json"
     file.write_text(json.dumps(jobs, default=str))
-    done = subprocess.run([*TORCHRUN, f"--nproc-per-node={n}", __file__, file], **quiet(), timeout=600)
+    start = [*TORCHRUN, f"--nproc-per-node={n}"] if n else [sys.executable]
+    done = subprocess.run([*start, __file__, file, device, compiler], **quiet(), timeout=600)
     assert done.returncode == 0, (
         "\n".join(line for line in done.stderr.splitlines() if " ends: " in line) or done.stderr
     )
@@ -49,15 +51,19 @@ def main() -> None:
     from transfusion.train import train_with
 
     torch.set_num_threads(1)
-    with join(ParallelConfig(timeout=120), "cpu") as ranks:
-        for job in json.loads(Path(sys.argv[1]).read_text()):
+    jobs, device, compiler = sys.argv[1:]
+    torch.compile = partial(torch.compile, backend=compiler)
+    with join(ParallelConfig(timeout=120), device) as ranks:
+        for job in json.loads(Path(jobs).read_text()):
             config, out = load_config(RunConfig, job["config"], job["overrides"]), Path(job["out"])
             if "from" in job and ranks.leads:
                 source, step = job["from"]
                 copy_run(Path(source), step, out)
             ranks.wait()
-            mesh = mesh_of(config.parallel, ranks.size, "cpu")
-            parts = replace(ranks, mesh=mesh, context=context_of(config.parallel, "cpu"))
+            parts = ranks
+            if ranks.mesh:
+                mesh = mesh_of(config.parallel, ranks.size, device)
+                parts = replace(ranks, mesh=mesh, context=context_of(config.parallel, device))
             train_with(parts, config, out, find_checkpoint(out, resume=True))
 
 
