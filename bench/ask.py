@@ -1,7 +1,7 @@
 """Measures: every arm of a question in a process of its own, repetition by repetition in turn, one JSON line a result.
 
     python bench/ask.py training --peer-python PEER/bin/python         # on an idle machine
-    python bench/ask.py gpu gpu-drawing --minutes 7 --out FILE.jsonl   # on a GPU
+    python bench/ask.py gpu gpu-fsdp gpu-drawing --minutes 7 --out FILE.jsonl   # on a GPU
     python bench/ask.py training dim=64 depth=2 peak=64 --repeat 1     # fields of the case (content.py), for all cases
 
 Round r begins with arm r, so that no arm always comes first. A figure is the median over the rounds, of wall and of

@@ -47,6 +47,7 @@ class Case:
     device: str = "cpu"
     compile: bool = False
     float8: bool = False  # the trunk's products, of a training step
+    fsdp: bool = False  # a training step's weights are sharded, over one rank, as where torchrun starts it
     peak: tuple[int, ...] = (1024, 2048, 4096)  # sides of the products that the matmul peak is the best of
 
     def __post_init__(self):

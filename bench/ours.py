@@ -2,9 +2,12 @@
 sample everywhere else. Patches carry their row and column, as the peer's do; no average of the weights, as it has none.
 """
 
+import atexit
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -16,19 +19,24 @@ from content import Case, Document, content, prompts
 from machine import ROOT
 
 from transfusion import batching, train
+from transfusion.cluster import Cluster
+from transfusion.cluster import peak_flops as sheet_flops
 from transfusion.codec.codec import Codec
 from transfusion.config import load_config
 from transfusion.data.documents import DataConfig
 from transfusion.flops import count_packed
 from transfusion.generate import Engine
+from transfusion.memory import estimate_memory
 from transfusion.model.float8 import use_float8
 from transfusion.model.mask import BLOCK
-from transfusion.model.transformer import ModelConfig, build_model
+from transfusion.model.transformer import ModelConfig, Transfusion, build_model
 from transfusion.optim import OptimConfig, build_optimizers
-from transfusion.run import RunConfig, SampleConfig, TrainConfig, uses_float8
+from transfusion.parallel import ParallelConfig, Ranks, join, scatter, shard
+from transfusion.run import RunConfig, SampleConfig, TrainConfig, uses_bf16, uses_float8
 from transfusion.sequence import Batch, Format, Image, Segment, Special, Text, collate, lay_out
 
 MARKERS = 6  # special tokens, behind those of the content
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def config_of(case: Case) -> RunConfig:
@@ -71,15 +79,46 @@ def batch_of(case: Case, rows: list[list[Document]]) -> Batch:
     return collate(laid, case.seq_len or -(-longest // tile) * tile, fmt)
 
 
-def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
-    """A whole training step: rows laid out, gradients, optimizer."""
-    config = config_of(case)
+@cache
+def one_rank(device: str) -> Ranks:
+    """This process as the one rank that torchrun started, until it ends."""
+    stack = ExitStack()
+    with patch.dict(os.environ, ONE_RANK):
+        ranks = stack.enter_context(join(ParallelConfig(timeout=1e6), device))
+    atexit.register(stack.close)
+    return ranks
+
+
+def fresh(case: Case, config: RunConfig) -> Transfusion:
+    """The model that trains, made ready as `transfusion train` does."""
     torch.manual_seed(0)
-    model = build_model(config.model, case.device)
-    if uses_float8(config.train, torch.device(case.device)):
+    drawn = build_model(config.model, "cpu" if case.fsdp else case.device)
+    model = build_model(config.model, "meta") if case.fsdp else drawn
+    on = torch.device(case.device)
+    if uses_float8(config.train, on):
         use_float8(model.layers)
     if case.compile:
         model.compile_layers()
+    if case.fsdp:
+        shard(model, one_rank(case.device), uses_bf16(case.precision, on))
+        scatter(drawn, model)
+    return model
+
+
+def planned(case: Case) -> float:
+    """Bytes that `transfusion plan CONFIG --gpus 1` foresees for the case's rows, with these overrides."""
+    share = case.documents * case.images * case.patches / case.seq_len
+    ours = {"train.rows": case.rows, "train.seq_len": case.seq_len, "train.accumulate": 1, "optim.ema": 0.0}
+    ours |= {"train.compile": case.compile, "train.float8": case.float8, "data.image_share": share}
+    overrides = [f"{name}={str(value).lower()}" for name, value in ours.items()]
+    config = load_config(RunConfig, ROOT / case.config, overrides)
+    return sum(estimate_memory(config, Cluster(), case.device).values())
+
+
+def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
+    """A whole training step: rows laid out, gradients, optimizer."""
+    config = config_of(case)
+    model = fresh(case, config)
     optimizers, losses = build_optimizers(model, config.optim), train.losses
 
     def timed_losses(*arguments):
@@ -97,10 +136,14 @@ def training(case: Case, clock: Clock) -> tuple[Repeat, dict]:
                 optimizer.step()
         assert all(x.isfinite() for x in found), found
 
-    return repeat, facts_of(model, **case.units) | {
+    facts = {
         "flops": lambda: count_packed(config, [batch_of(case, content(case, 0))]),
         "peak": lambda: peak_flops(case.peak, case.precision, case.device),
+        "sheet": sheet_flops(torch.device(case.device)),
     }
+    if case.config and case.seq_len:
+        facts["planned"] = lambda: planned(case)
+    return repeat, facts_of(model, **case.units) | facts
 
 
 def engine_of(case: Case) -> Engine:

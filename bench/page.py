@@ -31,7 +31,7 @@ repository and its peers in turn, in the same run, on the same data and shapes:
 ```
 python bench/ask.py --peer-python PEER/bin/python \
     {cpu}
-python bench/ask.py gpu gpu-drawing --minutes 7 --out bench/results/GPU.jsonl       # on a GPU
+python bench/ask.py {gpu} --minutes 7 --out bench/results/GPU.jsonl    # on a GPU
 python bench/page.py
 ```
 
@@ -76,7 +76,9 @@ Without one it is left out, and says so. transformers' Llama needs nothing besid
 - MFU: FLOPs of the step by the area that its mask allows (`count_packed` in `transfusion/flops.py`) over the seconds of
   forward and backward, over the best product of square matrices in the same process, just after; "of the step": over
   the seconds of the whole step. Square matrices in the case's precision, so in bf16 for "ours, float8" too, whose
-  products have a peak twice as high.
+  products have a peak twice as high. "of the data sheet": that step over the peak of NVIDIA's, as a run logs its MFU.
+- "planned GiB": what `transfusion plan CONFIG --gpus 1` foresees for the case's rows, without an average of the
+  weights; to be held against "GiB".
 - Where the time goes: seconds are the profiler's; "at the limits" what FLOPs over the peak or bytes over the bandwidth
   of a large copy take, whichever is more; bytes are counted as if no cache kept any (`bench/operators.py`).
 """
@@ -160,9 +162,13 @@ def cells(line: dict, first: dict, best: float) -> dict[str, str]:
         row["MFU"], row["of the step"] = (
             f"{x:.1%}" for x in (mfu(line), facts["flops"] / wall["median"] / facts["peak"])
         )
+        if facts.get("sheet"):
+            row["of the data sheet"] = f"{facts['flops'] / wall['median'] / facts['sheet']:.1%}"
     if "starts" not in facts["units"]:  # the memory of a process that waits for another one says nothing
         row["GiB"] = f"{memory['peak'] / 2**30:.2f}"
         row["above imports"] = f"{(memory['peak'] - memory['imported']) / 2**30:.2f}"
+    if "planned" in facts:
+        row["planned GiB"] = f"{facts['planned'] / 2**30:.2f}"
     if "parameters" in facts:
         row["M par."] = f"{facts['parameters'] / 1e6:.1f}"
     return row | {"calm": f"{line['calibration'] / best:.2f}", "n": str(line["n"])}
@@ -322,7 +328,8 @@ def roofline(lines: list[dict]) -> Iterator[str]:
 
 def page(lines: list[dict]) -> str:
     """The whole page as Markdown."""
-    out, best = [HEAD.format(cpu=wrapped(name for name in QUESTIONS if "gpu" not in name), peer=MAKE_PEER)], {}
+    asked = {on: [name for name in QUESTIONS if ("gpu" in name) == (on == "gpu")] for on in ("cpu", "gpu")}
+    out, best = [HEAD.format(cpu=wrapped(asked["cpu"]), gpu=" ".join(asked["gpu"]), peer=MAKE_PEER)], {}
     for line in lines:
         if "error" not in line:
             best[threads_of(line)] = max(line["calibration"], best.get(threads_of(line), 0.0))

@@ -99,7 +99,7 @@ PACKED = Case(rows=1, images=2, text_tokens=128, threads=2)  # documents of 256 
 MIXED, READ = replace(BOTH, guidance=3.0), replace(BOTH, image_in_prompt=True)
 PAPER = Case(documents=8, images=1, side=16, patch_size=2, text_tokens=252, vocab=31994, seq_len=4096)
 H100 = replace(PAPER, device="cuda", compile=True, threads=8, peak=(4096, 8192))
-SMALL, LARGE = "configs/paper-0.76b-linear.toml", "configs/paper-1.4b-linear.toml"
+LEAST, SMALL, LARGE = (f"configs/paper-{size}-linear.toml" for size in ("0.16b", "0.76b", "1.4b"))
 
 AXES = {  # what time and memory are drawn against: (its name, x of a line)
     "length": ("positions of a row", lambda line: Case(**line["case"]).positions),
@@ -149,7 +149,7 @@ QUESTIONS = {  # in the order of what matters most
             "ours, text alone": Arm("ours.training", change={"images": 0, "text_tokens": 290}),
             "ours, profiled": Arm("operators.profiled"),
         },
-        (replace(PAPER, config="configs/paper-0.16b-linear.toml", rows=1, documents=14, text_tokens=32, threads=2),),
+        (replace(PAPER, config=LEAST, rows=1, documents=14, text_tokens=32, threads=2),),
     ),
     "starting": Question(
         "From the start of a process to its end (resume: to the first step of configs/demo.toml)",
@@ -229,6 +229,11 @@ QUESTIONS = {  # in the order of what matters most
             for config, rows in ((SMALL, 4), (LARGE, 2))
             for content in ({}, {"images": 0, "text_tokens": 510})
         ),
+    ),
+    "gpu-fsdp": Question(  # by itself: processes of more arms on larger models would not fit a GPU together
+        "The paper's 0.16B model on a GPU, compiled, FlexAttention, 8 rows of 4096: alone, or by FSDP2 of one rank",
+        OURS | {"ours, FSDP2": Arm("ours.training", change={"fsdp": True})},
+        (replace(H100, config=LEAST, rows=8),),
     ),
     "gpu-drawing": Question(
         "Drawing on a GPU: an image of 256 patches by 50 steps of Euler's method",

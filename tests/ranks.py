@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
     jobs, device, compiler = sys.argv[1:]
     torch.compile = partial(torch.compile, backend=compiler)
-    with join(ParallelConfig(timeout=120), device) as ranks:
+    with join(ParallelConfig(timeout=300), device) as ranks:  # a GPU compiles in the first step
         for job in json.loads(Path(jobs).read_text()):
             config, out = load_config(RunConfig, job["config"], job["overrides"]), Path(job["out"])
             if "from" in job and ranks.leads:

@@ -26,6 +26,7 @@ from tiny_run import write_tiny
 
 from transfusion import batching, train
 from transfusion.checkpoint import latest_checkpoint, read_state
+from transfusion.cli import main
 from transfusion.config import override
 from transfusion.model import float8
 from transfusion.model.mask import dense_mask
@@ -271,13 +272,15 @@ def test_a_resumed_run_is_timed_to_its_first_step_and_goes_on_from_the_same_one_
     assert not run.parent.exists()
 
 
+ON_A_PROCESSOR = ["device=cpu", "compile=false", "config=", "dim=32", "depth=2", "heads=2", "documents=2", "side=2"]
+ON_A_PROCESSOR += ["rows=1", "text_tokens=12", "seq_len=64", "vocab=99", "peak=32", "steps=2", "threads=1"]
+
+
 @pytest.mark.parametrize("name", ["gpu", "gpu-drawing"])
 def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name, monkeypatch):
     used, multiply = [], float8.multiply
     monkeypatch.setattr(float8, "multiply", lambda *given: used.append(given) or multiply(*given))
-    tiny = ["device=cpu", "compile=false", "config=", "dim=32", "depth=2", "heads=2", "documents=2", "side=2", "rows=1"]
-    tiny += ["text_tokens=12", "seq_len=64", "vocab=99", "peak=32", "steps=2", "threads=1"]
-    cases = {override(case, tiny) for case in QUESTIONS[name].cases}
+    cases = {override(case, ON_A_PROCESSOR) for case in QUESTIONS[name].cases}
     assert len(cases) > 1
     for case in cases:
         for arm in QUESTIONS[name].arms.values():
@@ -286,6 +289,43 @@ def test_what_is_asked_of_a_gpu_runs_on_a_processor_when_it_is_tiny(name, monkey
             used.clear()
             parts, facts = once(getattr(ours, function), replace(case, **arm.change))
             assert parts and facts["units"] and bool(used) == ("float8" in arm.change)
+
+
+SHARDED = """
+import sys, torch, ours
+from clock import Clock
+from content import Case
+from torch.distributed.tensor import DTensor
+from transfusion.weights import weights
+models, fresh = [], ours.fresh
+ours.fresh = lambda *given: models.append(fresh(*given)) or models[-1]
+found = [ours.training(case, Clock()) for case in eval(sys.argv[1])]
+for repeat, _ in found:
+    repeat(0)
+alone, one = map(weights, models)
+assert found[0][1].keys() == found[1][1].keys() and found[0][1]["units"] == found[1][1]["units"]
+assert all(isinstance(p, DTensor) for p in one.values()) and not any(isinstance(p, DTensor) for p in alone.values())
+print(max((one[name].full_tensor() - p).abs().max().item() for name, p in alone.items()))
+"""
+
+
+def test_one_rank_under_fsdp_takes_the_step_of_a_process_alone():
+    arms, (case,) = QUESTIONS["gpu-fsdp"].arms, QUESTIONS["gpu-fsdp"].cases
+    cases = [replace(override(case, [*ON_A_PROCESSOR, "precision=fp32"]), **arm.change) for arm in arms.values()]
+    environment = os.environ | {"PYTHONPATH": f"{ours.ROOT}{os.pathsep}{ours.ROOT / 'bench'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED, repr(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-6
+
+
+def test_the_memory_beside_that_of_a_gpu_is_what_the_plan_prints(capsys):
+    (case,) = QUESTIONS["gpu-fsdp"].cases
+    case, overrides = replace(case, rows=1), ["train.rows=1", "train.accumulate=1", "optim.ema=0"]
+    assert main(["plan", str(ours.ROOT / case.config), *overrides, "--gpus", "1"]) == 0
+    table = capsys.readouterr().out.partition("memory of a rank, GiB")[2]
+    total = next(line.split()[1] for line in table.splitlines() if "total" in line)
+    assert f"{ours.planned(case) / 2**30:.2f}" == total
 
 
 def test_llama_answers_with_the_same_positions_and_about_as_many_parameters(monkeypatch):
