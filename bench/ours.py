@@ -108,7 +108,7 @@ def fresh(case: Case, config: RunConfig) -> Transfusion:
 def planned(case: Case) -> float:
     """Bytes that `transfusion plan CONFIG --gpus 1` foresees for the case's rows, with these overrides."""
     share = case.documents * case.images * case.patches / case.seq_len
-    ours = {"train.rows": case.rows, "train.seq_len": case.seq_len, "train.accumulate": 1, "optim.ema": 0.0}
+    ours = {"train.rows": case.rows, "train.seq_len": case.seq_len, "train.micro_batch": 0, "optim.ema": 0.0}
     ours |= {"train.compile": case.compile, "train.float8": case.float8, "data.image_share": share}
     overrides = [f"{name}={str(value).lower()}" for name, value in ours.items()]
     config = load_config(RunConfig, ROOT / case.config, overrides)

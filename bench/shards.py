@@ -189,11 +189,11 @@ def told(found: dict) -> Iterator[str]:
         for step in ("built", "read", "fed"):
             if rate := found[what].get(step):
                 yield f"{what}, {step}: {rate['a core']:,} {unit}/s a core, {rate['wall']:,} by the clock"
-        if fed:
+        if what == "photos":  # images of the size that is wanted
             cores = max(want["images"] / fed["a core"], want["positions"] / fed["positions"]["a core"])
             yield f"  {fed['positions']['a core']:,} positions/s a core; what is wanted takes {cores:.2f} cores"
-            for process, held in fed["MiB"].items():
-                yield f"  {process}, MiB: {' '.join(f'{x:.0f}' for x in held)}; second half {growth(held):+.1f}"
+        for process, held in fed["MiB"].items() if fed else ():
+            yield f"  {process}, MiB: {' '.join(f'{x:.0f}' for x in held)}; second half {growth(held):+.1f}"
 
 
 if __name__ == "__main__":

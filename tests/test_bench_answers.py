@@ -321,7 +321,7 @@ def test_one_rank_under_fsdp_takes_the_step_of_a_process_alone():
 
 def test_the_memory_beside_that_of_a_gpu_is_what_the_plan_prints(capsys):
     (case,) = QUESTIONS["gpu-fsdp"].cases
-    case, overrides = replace(case, rows=1), ["train.rows=1", "train.accumulate=1", "optim.ema=0"]
+    case, overrides = replace(case, rows=1), ["train.rows=1", "train.micro_batch=0", "optim.ema=0"]
     assert main(["plan", str(ours.ROOT / case.config), *overrides, "--gpus", "1"]) == 0
     table = capsys.readouterr().out.partition("memory of a rank, GiB")[2]
     total = next(line.split()[1] for line in table.splitlines() if "total" in line)
