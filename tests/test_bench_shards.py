@@ -19,7 +19,6 @@ def test_every_figure_is_there_and_told(tmp_path, capsys, monkeypatch):
     some = SimpleNamespace(images=shipped.images[:200], captions=shipped.captions[:200])
     monkeypatch.setattr(shards, "load_images", lambda *_: (some, None))
     monkeypatch.setattr(feeding, "ROWS", 1)
-    monkeypatch.setattr(shards, "WANTED", "configs/demo.toml")  # whose plan takes no seconds
     out = tmp_path / "shards.json"
     shards.main(["--images", "20", "--copies", "1", "--workers", "1", "--steps", "13", "--out", str(out)])
     found, told = json.loads(out.read_text()), capsys.readouterr().out
