@@ -50,7 +50,8 @@ def test_spans_over_http_are_those_of_the_file(tars):
     folder, url = tars
     data = (folder / "01.tar").read_bytes()
     spans = [Span(f"{url}/01.tar", 700, 900), Span(f"{url}/gone.tar", 0, 9), Span(f"{url}/01.tar", 0, 512)]
-    assert read_spans(spans) == [data[700:1600], UNREADABLE, data[:512]]
+    first, gone, second = read_spans(spans)
+    assert (first, second) == (data[700:1600], data[:512]) and gone.startswith(UNREADABLE)
     assert stamp(f"{url}/01.tar").bytes == len(data)
 
 
