@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import platform
 import signal
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise
@@ -19,7 +22,7 @@ from transfusion.config import load_config
 from transfusion.data.arrays import Held, Joined
 from transfusion.data.corpus import build_corpus
 from transfusion.data.documents import SAMPLE, Captions, Corpus, DataConfig
-from transfusion.data.loader import MEASURED, Packer, load_batches, micro_batches
+from transfusion.data.loader import MEASURED, Packer, keep_memory, load_batches, micro_batches
 from transfusion.data.windows import Stream
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.loss import draw_noise
@@ -357,6 +360,25 @@ def test_signals_that_reach_the_workers_lose_no_batch():
             os.kill(child.pid, s)
     got += batches
     assert all(same(a[0], b[0]) for a, b in zip(got, load_batches(PACKER, 0, 30, 0, pin_memory=False), strict=True))
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def keeps(before) -> bool:
+    """Whether this process, once `before` is done, holds the memory of an array that is gone."""
+    before()
+    least = resident()
+    np.ones(16 << 20, np.uint8)
+    return resident() - least > 8 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_a_worker_keeps_what_a_batch_leaves_behind():
+    for before, kept in ((int, False), (keep_memory, True)):  # each in a process of its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            assert pool.submit(keeps, before).result() == kept
 
 
 def test_a_resumed_loader_begins_at_its_step():
