@@ -57,7 +57,9 @@ def test_speeds_follow_from_the_flops_of_a_step():
     assert s.days == pytest.approx(1000 * s.seconds / 86400)
     assert s.saved == 16 * sum(parameters_of(CONFIG.model).values()), "weights, two moments, average; in four bytes"
     assert s.texts + s.drawn * (16 + 2) == pytest.approx(1000 * 8 * 128), "images are of 16 patches, <boi> and <eoi>"
-    assert s.read == pytest.approx(2 * s.texts + 4 * 3 * 16 * 16 * s.drawn)
+    assert s.read == pytest.approx(2 * s.texts + 3 * 16 * 16 * s.drawn), "a pixel has three bytes"
+    latents = replace(CONFIG, data=replace(CONFIG.data, codec="runs/codec"))
+    assert scale(latents, Cluster(4), "h100", 0.5).read == pytest.approx(2 * s.texts + 4 * 3 * 16 * 16 * s.drawn)
     assert s.fits == ["none", "selective", "full"]
 
 

@@ -76,7 +76,7 @@ class Scaled:
     days: float  # of the run, as the two that follow; nan: it has no number of steps
     texts: float  # tokens of text that it reads
     drawn: float  # images
-    read: float  # bytes of both, as they lie on disk
+    read: float  # bytes of both, as they lie on disk; of pixels as if they were not compressed
     saved: float  # bytes of a checkpoint
 
 
@@ -100,7 +100,8 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     steps = c.steps or float("nan")
     texts, drawn = steps * c.rows * c.seq_len * (1 - config.data.image_share), steps * count_images(config)
     numbers_of_image = math.prod(grid_of(config)) * (1 if m.patches == "codes" else m.patch_dim)
-    token, image = (2 if m.vocab_size <= 1 << 16 else 4), 4 * numbers_of_image  # latents or codes, as `encoded.py` has
+    token = 2 if m.vocab_size <= 1 << 16 else 4
+    image = (1 if config.data.codec == "pixels" else 4) * numbers_of_image  # pixels uncompressed; else as `encoded.py`
     return Scaled(
         memory=memory,
         fits=[mode for mode in MODES if sum(memory[mode].values()) <= FITS * g.memory],
