@@ -29,9 +29,9 @@ from machine import commit, hardware
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
-from transfusion.config import from_dict, load_config, to_dict
+from transfusion.config import load_config, to_dict
 from transfusion.flops import count_6nd, count_packed
-from transfusion.run import RunConfig, resolve
+from transfusion.run import RunConfig, resolve, stored_config
 
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by seeds - 1
 
@@ -94,7 +94,7 @@ def settings_of(study: Study, overrides: list[str]) -> dict:
 
 def as_of_now(settings: dict) -> dict:
     """Settings on record, with the defaults of options that have come since."""
-    return json.loads(json.dumps(settings | {"config": to_dict(from_dict(RunConfig, settings["config"]))}))
+    return json.loads(json.dumps(settings | {"config": to_dict(stored_config(settings["config"]))}))
 
 
 def of_a_step(config: RunConfig, codec: Codec) -> dict[str, float]:

@@ -219,10 +219,12 @@ def test_damaged_weights_are_refused(tmp_path):
     path = save(tmp_path, 5)
     size = (path / "__0_0.distcp").stat().st_size
     (path / "__0_0.distcp").write_bytes(b"\xff" * size)
-    with pytest.raises(ValueError, match=r"(?s)step_00000005 is damaged: rank 0: .*move that .*taken: .*step_00000004"):
+    with pytest.raises(
+        ValueError, match=r"(?s)step_00000005 is damaged: rank 0: .*; move it .* go on from .*step_00000004"
+    ):
         load_checkpoint(path, model=Toy())
     (path / ".metadata").write_bytes(b"\xff" * (path / ".metadata").stat().st_size)
-    with pytest.raises(ValueError, match=r"\.metadata is damaged: .*; move that folder away"):
+    with pytest.raises(ValueError, match=r"\.metadata is damaged: .*; move it away to go on from .*step_00000004"):
         load_checkpoint(path, model=Toy())
 
 

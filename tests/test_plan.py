@@ -89,6 +89,7 @@ def test_the_plan_for_many_has_three_columns_that_add_up():
         (["--gpus", "2", "--mfu", "40"], "a share of the peak"),
         (["--gpus", "-4"], "at least 1 rank"),
         (["--gpus", "2", "--storage", "0"], "GB/s, above 0"),
+        (["--gpus", "2", "--gpu", "a100", "train.float8=true", "train.precision=bf16"], "a100 does not multiply it"),
         (["train.compile=true", "train.checkpointing=full"], "leave one of the two out"),  # on the CPU that it names
         (["parallel.shards=2"], "say how many ranks by --gpus"),
     ],

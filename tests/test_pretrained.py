@@ -134,6 +134,15 @@ def test_an_autoencoder_of_the_hub_stays_a_name_in_an_exported_folder(run, tmp_p
     assert not (again / "codec").exists()
 
 
+def test_an_export_of_a_version_that_counted_micro_batches_is_read(run, tmp_path):
+    file = export(run, tmp_path / "out") / "config.json"
+    saved = json.loads(file.read_text())
+    saved["train"] = {**saved["train"], "rows": 8, "accumulate": 4}
+    del saved["train"]["micro_batch"]
+    file.write_text(json.dumps(saved))
+    assert find(tmp_path / "out").config.train.micro_batch == 2
+
+
 def test_the_card_of_an_exported_folder_says_what_it_is(run, tmp_path):
     out = export(run, tmp_path / "mine", license="CC-BY-4.0")
     older = export(run / "checkpoints" / "step_00000002", tmp_path / "older")

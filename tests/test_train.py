@@ -22,7 +22,7 @@ from tiny_run import stored
 
 from transfusion import config as configs
 from transfusion import train as loop
-from transfusion.checkpoint import latest_checkpoint, read_state
+from transfusion.checkpoint import latest_checkpoint, read_state, step_of
 from transfusion.codec.codec import PIXELS
 from transfusion.data.documents import Corpus, DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
@@ -295,6 +295,12 @@ def test_sample_sheets_are_drawn_at_their_steps_and_leave_training_as_it_is(tiny
         assert len(PIL.Image.open(sheet).convert("RGB").getcolors(10**6)) > 12  # the originals alone are 12 colours
     assert sheets[0].read_bytes() != sheets[1].read_bytes()
     assert_same_runs(tmp_path / "plain", tmp_path / "drawn")
+
+
+def test_a_sheet_that_cannot_be_written_is_told_and_training_goes_on(tiny, tmp_path, capsys):
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    saved = train(with_train(tiny, steps=4, sample_every=2, save_every=2), tmp_path)
+    assert step_of(saved) == 4 and capsys.readouterr().out.count("no sheet is drawn, as it cannot be written") == 2
 
 
 def test_a_sheet_for_which_there_is_no_room_is_left_out_and_training_goes_on(tiny, tmp_path, monkeypatch, capsys):

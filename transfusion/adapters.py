@@ -90,14 +90,15 @@ def load_adapters(model: Transfusion, folder: Path) -> None:
 def merge(tensors: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """The model without adapters that computes the same: W + alpha / r B A in place of W.
 
-    Where both paths share a matrix and their adapters do not, each gets a matrix of its own.
+    Where both paths share a matrix and their adapters do not, each gets a matrix of its own. The weights are taken out
+    of `tensors`, so that none is held twice.
     """
     adapted = {MODULE_OF[name] for name in config.lora.target_modules}
     shared = {module for module in adapted if PART[module] not in config.separate}
     if config.patches == "codes":  # all goes through the text path
         shared = set()
     separate = tuple(s for s in SEPARABLE if s in {*config.separate, *(PART[module] for module in shared)})
-    merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    merged = {name: tensors.pop(name) for name in list(tensors) if not is_adapter(name)}
     for name in list(merged):
         if any(f".{module}." in name for module in shared):
             merged[name.removesuffix("weight") + "image_weight"] = merged[name].clone()

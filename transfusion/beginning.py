@@ -19,7 +19,7 @@ from transfusion.llama import SIZES, folder_of, is_llama, load_llama
 from transfusion.model.paths import is_adapter, text_twin
 from transfusion.model.transformer import Transfusion
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, load_own_tokenizer, resolve, with_parts, with_sizes
+from transfusion.run import RunConfig, load_own_tokenizer, resolve, stored_config, with_parts, with_sizes
 from transfusion.tokenizer import Tokenizer, load_tokenizer
 from transfusion.weights import load_weights
 
@@ -29,7 +29,7 @@ def prepare(config: RunConfig, codec: Codec, found: Path | None) -> tuple[RunCon
     if found is None or not is_llama(config.init):
         return resolve(config, codec), load_own_tokenizer(config)
     run = found.parents[1]
-    began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]).model
+    began = stored_config(checkpoint.read_state(found)["config"]).model
     names = (*SIZES, "rope_base", "rope_scaling")
     config = with_sizes(config, str(run), {name: getattr(began, name) for name in names})
     tokenizer = load_tokenizer(run / TOKENIZER)

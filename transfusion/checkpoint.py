@@ -7,7 +7,8 @@
     ema.NAME          its average, if one is kept
 
 Written under a .tmp- name, synced, then renamed: a crash at any moment leaves the old ones, and what it left half done
-is cleared by the next save. Resuming is bitwise: same weights, same optimizer state, and no random state to save.
+is cleared by the next save. Damage is known by a file's size: what leaves it its size is not looked for. Resuming is
+bitwise: same weights, same optimizer state, and no random state to save.
 """
 
 import json
@@ -125,7 +126,8 @@ def load_checkpoint(
     """
     state, path = read_state(path), Path(path)
     hint = "".join(f"\n  config: {line}" for line in differences(state.get("config", {}), config or {})[:8] if config)
-    stored = kinds(path)
+    with older_than(path):
+        stored = kinds(path)
     try:
         own = weights(model)
         fit({name: tuple(tensor.shape) for name, tensor in own.items()}, open_weights(path, averaged=False), path)
@@ -138,11 +140,8 @@ def load_checkpoint(
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
     wanted |= {key: tensor for of_one in states for of_name in of_one.values() for key, tensor in of_name.items()}
-    try:
+    with older_than(path):
         read_shards(wanted, path)
-    except ValueError as error:
-        older = [p for p in checkpoints(path.parent) if step_of(p) < state["step"]]
-        raise ValueError(f"{error}: {older[-1] if older else 'but there is none'}") from None
     for optimizer, of_one in zip(optimizers or [], states):
         # The groups are the live ones: a weight decay changed for the rest of the run must hold, not the saved one.
         live, names = optimizer.state_dict()["param_groups"], [name for name, _ in named(optimizer)]
@@ -233,6 +232,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def older_than(path: Path) -> Iterator[None]:
+    """Errors of a checkpoint that a run would go on from say which one comes before it."""
+    try:
+        yield
+    except ValueError as error:
+        older = [p for p in checkpoints(path.parent) if step_of(p) < step_of(path)]
+        remedy = f"move it away to go on from {older[-1]}" if older else "no checkpoint is before it"
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 def step_of(path: Path) -> int:

@@ -27,12 +27,13 @@ class Gpu:
     memory: float  # bytes
     nvlink: float  # bytes/s in each direction
     network: float  # bytes/s of its own adapter in each direction
+    float8: bool = True  # whether it multiplies it
 
 
 # NVIDIA's data sheets. FLOP/s: "BFLOAT16 Tensor Core", half of what they say "with sparsity"; NVLink: half of the
 # bandwidth of both directions; network: one adapter a GPU, as in the DGX of that GPU.
 GPUS = {
-    "a100": Gpu(312e12, 80e9, 300e9, 25e9),  # A100 80GB SXM (2022): 312 TF, 600 GB/s; DGX A100: 8 x 200 Gb/s
+    "a100": Gpu(312e12, 80e9, 300e9, 25e9, False),  # A100 80GB SXM (2022): 312 TF, 600 GB/s; DGX A100: 8 x 200 Gb/s
     "h100": Gpu(989.5e12, 80e9, 450e9, 50e9),  # H100 SXM (2023): 1,979 TF sparse, 900 GB/s; DGX H100: 8 x 400 Gb/s
     "h200": Gpu(989.5e12, 141e9, 450e9, 50e9),  # H200 SXM (2024): 1,979 TF sparse, 900 GB/s; DGX H200: 8 x 400 Gb/s
     "b200": Gpu(2250e12, 180e9, 900e9, 50e9),  # DGX B200 (2024), of 8: 36 PF sparse, 1,440 GB, 14.4 TB/s, 8 x 400 Gb/s

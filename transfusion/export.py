@@ -150,8 +150,8 @@ def model_parts(name: str | Path) -> Parts:
         codec = ""
     if not lora.r:
         return Parts(weights, tensors, config, card, tokenizer, codec)
-    merged, model = merge(tensors, config.model)
     adapters = {key: value for key, value in tensors.items() if is_adapter(key)}
+    merged, model = merge(tensors, config.model)
     return Parts(weights, merged, replace(config, model=model), card, tokenizer, codec, adapters, lora)
 
 

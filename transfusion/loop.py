@@ -1,4 +1,4 @@
-"""The loop of every training, read from the top: compute -> step -> average -> log -> draw -> save.
+"""The loop of every training, read from the top: compute -> step -> average -> log -> save -> draw.
 
 What is trained, and on what, comes in as two functions: `compute` leaves a step's gradients in the model, `sample`
 draws a sheet. Both are functions of (config, step) alone, so that a resumed run is bitwise the run that was never
@@ -25,6 +25,7 @@ from transfusion.metrics import Run, open_metrics
 from transfusion.optim import init_ema, set_lr, update_ema
 from transfusion.parallel import ALONE, Ranks
 
+NO_SHEETS = "train.sample_every=0 asks for none"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -54,8 +55,8 @@ def find_checkpoint(run: Path, resume: bool) -> Path | None:
 
     ValueError where there is one and the run is not to be resumed, or where there are damaged ones alone.
     """
-    found = checkpoint.latest_checkpoint(run / "checkpoints")
     faults = checkpoint.faults(run / "checkpoints")
+    found = next((path for path in reversed(faults) if faults[path] is None), None)
     damaged = [f"{path} is damaged ({fault})" for path, fault in faults.items() if fault]
     if damaged and not found:
         raise ValueError(
@@ -140,10 +141,10 @@ def run_steps(
                     f"optim.lr (now {config.optim.lr:g}) or set train.precision=fp32; saved is {t.saved or 'nothing'}"
                 )
             paused = time.perf_counter()
-            if every(c.sample_every, done):
-                sample(run / "samples" / f"step_{done:08d}.png")
             if every(c.save_every, done) or last:
                 save(run, t, {**beside(done), "config": resolved}, c, ranks)
+            if every(c.sample_every, done) and not stop:  # who sent the signal waits for the checkpoint alone
+                sample(run / "samples" / f"step_{done:08d}.png")
             if not writing or last:  # on all ranks at once, so that all say what kept it from being written
                 settle(t)
             since += time.perf_counter() - paused  # sheets and checkpoints are no training
@@ -154,6 +155,17 @@ def run_steps(
         by = stopped[0] if stopped else "another rank's signal"
         print(f"stopped by {by} at step {done} of {c.steps}; --resume goes on from {t.saved}")
     return t.saved
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Where memory or the disk does not suffice for the block, that is said, and training goes on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        print(f"no {what} is drawn, as memory does not suffice beside the training ({error}): {NO_SHEETS}")
+    except OSError as error:
+        print(f"no {what} is drawn, as it cannot be written ({error}): mend that, or {NO_SHEETS}")
 
 
 def save(run: Path, training: Training, state: dict, c: Any, ranks: Ranks):

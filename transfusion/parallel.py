@@ -118,11 +118,15 @@ class Ranks:
         if self.store is None:
             return
         try:
-            came, pause = self.store.add(MET, 1), 0.01
+            came, pause, told = self.store.add(MET, 1), 0.01, time.monotonic()
             expected = -(-came // self.size) * self.size  # nobody comes to the next meeting before all came to this
-            while self.store.add(MET, 0) < expected:
+            while (here := self.store.add(MET, 0)) < expected:
                 if self.store.check([FAILED]):
                     raise OSError(f"another rank has failed: {self.store.get(FAILED).decode()}")
+                if time.monotonic() - told > self.timeout:
+                    told, here = time.monotonic(), self.size + here - expected
+                    words = f"rank {self.rank} waits for the start of others: {here} of {self.size} are here"
+                    print(words, file=sys.stderr, flush=True)
                 time.sleep(pause)
                 pause = min(1.0, 2 * pause)
         except dist.DistError:
@@ -218,7 +222,9 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         ranks.wait()
     except BaseException as error:
         with suppress(dist.DistError):  # where the store is gone the others know
-            store.set(FAILED, f"rank {rank}: {error}")
+            if first := store.compare_set(FAILED, "", f"rank {rank}: {error}").decode():
+                if not first.startswith(f"rank {rank}: ") and not isinstance(error, ValueError | OSError):
+                    error = OSError(f"another rank has failed: {first}; here a {type(error).__name__}")
         leave(rank, error)
     ranks.rest()
     dist.destroy_process_group()

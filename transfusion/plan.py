@@ -87,6 +87,9 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu = {mfu}: a share of the peak, above 0 and at most 1")
     c, m, g = config.train, config.model, GPUS[gpu]
+    if c.float8 and not g.float8:
+        raise ValueError(f"train.float8 = true: {gpu} does not multiply it: leave it out, or choose another --gpu")
+    sheet = drawing_memory(config) if c.sample_every and cluster.world > 1 else 0.0
     by_mode = {mode: replace(config, train=replace(c, checkpointing=mode)) for mode in MODES}
     memory = {mode: estimate_memory(other, cluster) for mode, other in by_mode.items()}
     model = build_model(m, "meta")
@@ -104,7 +107,7 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
     image = (1 if config.data.codec == "pixels" else 4) * numbers_of_image  # pixels uncompressed; else as `encoded.py`
     return Scaled(
         memory=memory,
-        fits=[mode for mode in MODES if sum(memory[mode].values()) <= FITS * g.memory],
+        fits=[mode for mode in MODES if sum(memory[mode].values()) + sheet <= FITS * g.memory],
         traffic={name: (t.bytes, t.seconds) for name, t in found.items()},
         flops=flops,
         seconds=seconds,

@@ -17,11 +17,10 @@ import torch
 
 from transfusion import checkpoint
 from transfusion.codec.foreign import DIFFUSERS
-from transfusion.config import from_dict
 from transfusion.generate import Engine
 from transfusion.hub import HUB, fetched
 from transfusion.model.transformer import build_model
-from transfusion.run import RunConfig, pick_device
+from transfusion.run import RunConfig, pick_device, stored_config
 from transfusion.tokenizer import load_tokenizer
 from transfusion.weights import load_weights
 
@@ -55,7 +54,7 @@ def find(name: str | Path) -> Trained:
         )
     if (folder / CONFIG).is_file():
         try:
-            config = from_dict(RunConfig, json.loads((folder / CONFIG).read_text()))
+            config = stored_config(json.loads((folder / CONFIG).read_text()))
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG} is no config of this version: {error}") from None
         for file in (WEIGHTS, TOKENIZER):
@@ -72,7 +71,7 @@ def find(name: str | Path) -> Trained:
         raise ValueError(
             f"{folder} holds no checkpoint and no {CONFIG}: it is no run, or the run has saved nothing yet"
         )
-    config = from_dict(RunConfig, checkpoint.read_state(step)["config"])
+    config = stored_config(checkpoint.read_state(step)["config"])
     return Trained(config, step, step.resolve().parents[1] / TOKENIZER)
 
 

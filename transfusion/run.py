@@ -13,6 +13,7 @@ import torch
 
 from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
+from transfusion.config import from_dict
 from transfusion.data.documents import DataConfig
 from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.solver import SOLVERS
@@ -236,6 +237,15 @@ def pick_device(name: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def stored_config(saved: dict[str, Any]) -> RunConfig:
+    """The config of a run or an export as it was saved, also by versions that named `train.micro_batch` otherwise."""
+    train = dict(saved.get("train", {}))
+    parts = train.pop("accumulate", 1)
+    if parts > 1:
+        train["micro_batch"] = train.get("rows", TrainConfig.rows) // parts
+    return from_dict(RunConfig, {**saved, "train": train})
 
 
 def check_compile(config: TrainConfig, on: str) -> None:

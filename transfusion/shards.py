@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 METADATA = ".metadata"
-REMEDY = "move that folder away, and the checkpoint before it is taken"
 
 
 class Kind(NamedTuple):
@@ -40,7 +39,7 @@ def read_shards(tensors: dict[str, Tensor], folder: Path):
     """Fills the tensors, sharded or not, by name, in place; each rank by itself. ValueError where one is damaged."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    with own_errors(ValueError, f"{folder} is damaged", REMEDY), alone_is_fine(), torch.no_grad():
+    with own_errors(ValueError, f"{folder} is damaged"), alone_is_fine(), torch.no_grad():
         load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
 
 
@@ -56,7 +55,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     try:
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # of unpickling anything
-        raise ValueError(f"{folder / METADATA} is damaged: {error}; {REMEDY}") from None
+        raise ValueError(f"{folder / METADATA} is damaged: {error}") from None
     return {name: Kind(tuple(x.size), x.properties.dtype) for name, x in stored.items()}
 
 
@@ -80,7 +79,7 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def own_errors(kind: type[Exception], what: str, remedy: str = "") -> Iterator[None]:
+def own_errors(kind: type[Exception], what: str) -> Iterator[None]:
     """Turns DCP's errors, which except clauses for Exception miss, into `kind`, in one line."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -88,7 +87,7 @@ def own_errors(kind: type[Exception], what: str, remedy: str = "") -> Iterator[N
         yield
     except CheckpointException as error:
         failures = "; ".join(f"rank {rank}: {e}" for rank, (e, _) in sorted(error.failures.items()))
-        raise kind("; ".join(filter(None, (f"{what}: {failures}", remedy)))) from None
+        raise kind(f"{what}: {failures}") from None
 
 
 @contextmanager

@@ -23,14 +23,14 @@ from transfusion.codec.codec import Codec
 from transfusion.codec.load import load_codec
 from transfusion.context import Context
 from transfusion.data.corpus import build_corpus
-from transfusion.data.loader import Packer, load_batches
+from transfusion.data.loader import Packer, load_batches, micro_batches
 from transfusion.data.report import Lost
 from transfusion.evals.config import EvalConfig
 from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.flops import count_packed
 from transfusion.generate import Engine
 from transfusion.llama import is_llama
-from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
+from transfusion.loop import Step, find_checkpoint, optional, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.float8 import use_float8
 from transfusion.model.precision import empty_at_precision
@@ -39,7 +39,16 @@ from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, trained
 from transfusion.parallel import Muon, Ranks, gather, join, room, scatter, shard
 from transfusion.pretrained import TOKENIZER, find
-from transfusion.run import RunConfig, check_compile, format_of, pick_device, same_codec, uses_bf16, uses_float8
+from transfusion.run import (
+    RunConfig,
+    check_compile,
+    format_of,
+    pick_device,
+    same_codec,
+    stored_config,
+    uses_bf16,
+    uses_float8,
+)
 from transfusion.sequence import Batch
 from transfusion.sheet import contact_sheet
 from transfusion.tokenizer import Tokenizer
@@ -47,7 +56,6 @@ from transfusion.weights import trained_names, weights
 
 CALIBRATION_STEPS = 8
 SAMPLED = 12  # captions on a sample sheet
-NO_ROOM = "no sheet is drawn, as memory does not suffice beside the training ({}): train.sample_every=0 asks for none"
 
 
 def train(config: RunConfig, run: Path, resume: bool = False) -> Path:
@@ -68,6 +76,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
     check_compile(config.train, device.type)
+    micro_batches(config.train.rows, config.train.micro_batch, ranks.rows[1])  # or they are refused before all else
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
@@ -149,11 +158,9 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
 
     def sample(path: Path):
         with whole(model, training.ema, config, ranks) as drawing:
-            try:
-                if drawing is not None:
+            if drawing is not None:
+                with optional("sheet"):
                     draw_samples(drawing, tokenizer, config, corpus, path)
-            except torch.OutOfMemoryError as error:
-                print(NO_ROOM.format(error))
 
     workers, pinned = config.data.workers, device.type == "cuda"
     batches = load_batches(packer, training.step, config.train.steps, workers, pin_memory=pinned)
@@ -197,7 +204,8 @@ def whole(
         drawing, lacks = None, True
         print(f"rank {ranks.rank}: {error}", file=sys.stderr)
     if ranks.most(lacks)[0]:  # known to all before they gather, as none may leave that halfway
-        print(NO_ROOM.format("a rank has no room to gather the model"))
+        with optional("sheet"):
+            raise torch.OutOfMemoryError("a rank has no room to gather the model")
         yield None
         return
     gather(held, drawing)
@@ -283,7 +291,7 @@ def with_statistics(config: RunConfig, codec: Codec, found: Path | None) -> RunC
     """
     if not (found or config.init) or (not found and is_llama(config.init)):
         return config
-    began = configs.from_dict(RunConfig, checkpoint.read_state(found)["config"]) if found else find(config.init).config
+    began = stored_config(checkpoint.read_state(found)["config"]) if found else find(config.init).config
     if not found and began.data.codec_key not in ("", codec.key):
         print(
             f"{config.init} has learned latents of other weights ({began.data.codec}) than those of "

@@ -22,7 +22,7 @@ from transfusion.codec.learned import device_of, to_bytes, to_tensor
 from transfusion.codec.load import find_codec
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients, reconstruct
 from transfusion.data.crops import CropConfig, Crops, build_crops
-from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
+from transfusion.loop import Step, find_checkpoint, optional, restore, run_steps, start
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig, averaged, build_optimizers, clip_gradients
 from transfusion.run import PRECISIONS, pick_device, uses_bf16
@@ -132,7 +132,7 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
         return Step(norm, {"images": len(images)}, numbers)
 
     def sample(path: Path):
-        with averaged(networks, training.ema):
+        with averaged(networks, training.ema), optional("sheet"):
             draw_samples(networks.autoencoder, crops, autocast, path)
 
     batches = (crops.batch(config.seed, step, c.batch) for step in range(training.step, c.steps))
