@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from transfusion.data.images import METADATA, SUFFIXES
+from transfusion.data.images import METADATA, SUFFIXES, plain
 from transfusion.data.interleaved import DOCUMENTS
 from transfusion.data.rows import describe
 from transfusion.data.storage import Stamp, absolute, is_remote, join, local, stamp, stamps_below, why
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         """Below the root."""
-        return self.url.removeprefix(self.root).lstrip("/") + (f"[{self.part}]" if self.parts > 1 else "")
+        return plain(self.url.removeprefix(self.root).lstrip("/")) + (f"[{self.part}]" if self.parts > 1 else "")
 
     @property
     def key(self) -> str:
