@@ -1,9 +1,12 @@
 """What is built is what the readers of memory give; a build may be killed anywhere."""
 
+import errno
 import fcntl
 import gzip
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +16,15 @@ import pytest
 from shard_files import picture, tree, write_table, write_tar
 from tiny_run import write_documents, write_tiny
 
+from transfusion.cli import main
 from transfusion.data import parts
-from transfusion.data.build import build
+from transfusion.data.build import MERGES, build
 from transfusion.data.built import load_built_documents, load_built_images, load_built_text
 from transfusion.data.images import SPLITS, load_images
 from transfusion.data.interleaved import ImageSegment, load_documents
 from transfusion.data.rows import Columns
 from transfusion.data.text import load_text
-from transfusion.tokenizer import load_tokenizer
+from transfusion.tokenizer import load_tokenizer, train_tokenizer
 
 SIZES = [(16, 16), (16, 24)]
 
@@ -131,11 +135,12 @@ def test_of_many_held_out_texts_the_lowest_hashes_are_kept_and_none_is_trained_o
     monkeypatch.setattr(parts, "KEPT", 7)
     monkeypatch.setattr("transfusion.data.build.KEPT", 7)
     texts = [f"text {i}" for i in range(1000)]
+    (tmp_path / "in").mkdir()
     for k in range(3):
         lines = [json.dumps({"text": t}) + "\n" for t in texts[k::3]]
-        (tmp_path / f"{k}.jsonl").write_text("".join(lines))
-    read, _ = load_text(str(tmp_path))
-    dataset = build("text", [str(tmp_path)], tmp_path / "built")
+        (tmp_path / "in" / f"{k}.jsonl").write_text("".join(lines))
+    read, _ = load_text(str(tmp_path / "in"))
+    dataset = build("text", [str(tmp_path / "in")], tmp_path / "built")
     tokens, held_out, _ = load_built_text(tmp_path / "built", tokenizer)
     assert len(held_out) == 7 < len(read.held_out) == dataset["documents"]["held_out"]
     assert set(held_out) < set(read.held_out)
@@ -223,11 +228,28 @@ def test_bad_documents_are_counted_and_the_good_ones_built(tmp_path, tokenizer):
     assert ["missing tar", "documents.jsonl:4 gone.tar/a.png"] in named and len(named) == 7
 
 
+def test_a_column_of_segments_in_json_is_read_and_any_other_is_said_to_be_none(tmp_path, tokenizer):
+    cells = [
+        '["a text", {"text": "and more", "learn": false}]',
+        "a plain text",
+        '{"text": "a"}',
+        '["\\ud800"]',
+        "",
+        None,
+    ]
+    write_table(tmp_path / "a.parquet", segments=cells)
+    write_table(tmp_path / "b.parquet", segments=[3])
+    dataset = build("documents", [str(tmp_path / f"{name}.parquet") for name in "ab"], tmp_path / "built")
+    images, found = load_built_documents(tmp_path / "built", SIZES, tokenizer)
+    assert told(found["train"], images, tokenizer) == [([("a text", True), ("and more", False)], {})]
+    assert dataset["skipped"] == {'document without a list of "segments"': 6}
+
+
 def test_columns_have_the_names_that_are_given(tmp_path, tokenizer):
-    write_table(tmp_path / "a.parquet", jpg=[picture("red"), None], alt=["a red one", "none"])
+    table = str(write_table(tmp_path / "a.parquet", jpg=[picture("red"), None], alt=["a red one", "none"]))
     with pytest.raises(ValueError, match="no column 'image', 'text', but 'jpg', 'alt': say --image-column"):
-        build("images", [str(tmp_path)], tmp_path / "built")
-    dataset = build("images", [str(tmp_path)], tmp_path / "built", columns=Columns("jpg", "alt"))
+        build("images", [table], tmp_path / "built")
+    dataset = build("images", [table], tmp_path / "built", columns=Columns("jpg", "alt"))
     assert dataset["skipped"] == {"row without an image": 1}
     assert list(load_built_images(tmp_path / "built", SIZES, tokenizer)["train"].texts) == [["a red one"]]
 
@@ -322,6 +344,98 @@ def test_a_folder_is_built_by_one_process_at_a_time_from_each_source_once(tiny, 
     build("images", sources, tmp_path / "built")
 
 
+def test_a_file_system_without_locks_is_told_as_what_it_is(tiny, tmp_path, monkeypatch):
+    def fails(*rest):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(ValueError, match=r"cannot be locked \(.*No locks available\): name a folder on another file"):
+        build("images", [str(tiny / "pictures")], tmp_path / "built")
+
+
+def test_no_file_of_the_user_is_touched(tiny, tmp_path):
+    (tmp_path / "c4" / "parts").mkdir(parents=True)
+    (tmp_path / "c4" / "parts" / "a.jsonl").write_text('{"text": "a"}\n')
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"c4 holds files that no build made: name a new folder, or an empty one"):
+        build("text", [str(tmp_path / "c4" / "parts")], tmp_path / "c4")
+    with pytest.raises(ValueError, match=r"a\.jsonl is a file: name a folder"):
+        build("images", [str(tiny / "pictures")], tmp_path / "c4" / "parts" / "a.jsonl")
+    assert tree(tmp_path) == before
+    sources = tables(tiny)["parquet"]
+    build("images", sources, tmp_path / "built")
+    stale = [f"parts/{'0' * 20}-{'0' * 16}", f"shards/.7-{'0' * 20}-{'0' * 16}.tar"]
+    mine = ["parts/notes.txt", "shards/00000.tar"]
+    for name in (*stale, *mine):
+        (tmp_path / "built" / name).write_text("x")
+    build("images", sources[:1] + [tables(tiny)["tars"][0]], tmp_path / "built")
+    assert [(tmp_path / "built" / name).exists() for name in (*stale, *mine)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "source, inside", [("{}", "built"), ("{}", "."), ("hf:{}", "deep/built"), ("{}/{{0..1}}", "1/b")]
+)
+def test_nothing_is_built_within_its_own_source(tmp_path, source, inside, monkeypatch):
+    monkeypatch.setattr("transfusion.data.build.find_shards", lambda *rest: [])
+    for i in range(2):
+        (tmp_path / "in" / str(i)).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    if inside == ".":
+        (tmp_path / "in" / ".lock").touch()
+    for folder in ("in", "link"):
+        with pytest.raises(ValueError, match=r"lies in its own source .*: name a folder outside of it"):
+            build("images", [source.format(tmp_path / "in")], tmp_path / folder / inside)
+
+
+def test_there_may_be_more_parts_than_files_that_a_process_may_have_open(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    for i in range(60):
+        (tmp_path / "in" / f"{i:02}.jsonl").write_text(json.dumps({"segments": [f"a text {i}"]}) + "\n")
+        write_tar(tmp_path / "in" / f"{i:02}.tar", {"a.png": picture(), "a.txt": f"a text {i}"})
+    files = [str(tmp_path / "in" / f"{{00..59}}.{ending}") for ending in ("jsonl", "tar")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        built = [build(*what, tmp_path / what[0]) for what in (("documents", files[:1]), ("images", files[1:]))]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [sum(s["samples"] for s in dataset["shards"]) for dataset in built] == [60, 60]
+
+
+def test_a_merge_that_failed_or_was_killed_leaves_nothing(tiny, tmp_path, monkeypatch):
+    there = []
+
+    def fails(parts, recipe, new):
+        there.extend(path.name for path in recipe.out.iterdir())
+        raise RuntimeError("no space")
+
+    (tmp_path / "built" / ".77-merged").mkdir(parents=True)
+    (tmp_path / "built" / ".lock").touch()
+    monkeypatch.setitem(MERGES, "images", fails)
+    with pytest.raises(RuntimeError, match="no space"):
+        build("images", tables(tiny)["tars"], tmp_path / "built")
+    assert len([name for name in there if name.endswith("-merged")]) == 1 and ".77-merged" not in there
+    assert {path.name for path in (tmp_path / "built").iterdir()} == {".lock", "parts"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_broken_account_of_what_is_built_is_said_with_the_remedy(tiny, tmp_path, content):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dataset\.json is broken: remove it, and build the data anew"):
+        build("images", [str(tiny / "pictures")], tmp_path)
+
+
+def test_a_file_whose_name_is_not_utf8_is_built_and_said_in_letters_that_can_be_printed(tmp_path, tokenizer, capfd):
+    (tmp_path / "in").mkdir()
+    name = os.fsdecode(b"caf\xe9.tar")
+    write_tar(tmp_path / "in" / name, {"a.png": picture(), "a.txt": "a", "b.png": picture()})
+    out = ["--out", str(tmp_path / "built"), "--workers", "0"]
+    assert main(["data", "build", "images", str(tmp_path / "in"), *out]) == 0
+    assert main(["data", "check", "images", str(tmp_path / "in"), "--workers", "0"]) == 0
+    assert "caf\ufffd.tar/b.png" in capfd.readouterr().out
+    assert len(load_built_images(tmp_path / "built", SIZES, tokenizer)["train"].images) == 1
+
+
 def test_a_link_into_nowhere_is_one_image_less(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
@@ -346,6 +460,29 @@ def test_a_shard_that_cannot_be_read_is_told_and_tried_again(tiny, tmp_path, mon
     assert sum(stop - start for start, stop in dataset["splits"].values()) == 16
     dataset = build("images", sources, tmp_path / "built")
     assert sum(stop - start for start, stop in dataset["splits"].values()) == 24
+
+
+def test_a_folder_stays_as_it_was_while_a_shard_in_it_cannot_be_read(tiny, tmp_path, monkeypatch, capsys):
+    def fails(shard, *rest):
+        if shard.name == "00001.tar":
+            raise OSError("the store is away")
+        return reads(shard, *rest)
+
+    sources, reads = tables(tiny)["tars"], parts.PARTS["images"]
+    build("images", sources, tmp_path / "built")
+    shutil.rmtree(tmp_path / "built" / "parts")
+    before = tree(tmp_path / "built")
+    monkeypatch.setitem(parts.PARTS, "images", fails)
+    asked = ["data", "build", "images", *sources, "--workers", "0", "--tokenizer"]
+    train_tokenizer(["other words"], 300).save(tmp_path / "other.json")
+    assert main([*asked, str(tmp_path / "other.json"), "--out", str(tmp_path / "built")]) == 2
+    said = capsys.readouterr().err
+    assert "stays as it was, as 1 of the shards in it cannot be read now: call again" in said
+    assert "00001.tar: shard that cannot be read: the store is away" in said
+    after = tree(tmp_path / "built")
+    assert {name: data for name, data in after.items() if not name.startswith("parts/")} == before
+    assert main([*asked, "", "--out", str(tmp_path / "new")]) == 1  # what there is, and the account of it
+    assert "it lacks 1 of 3 shards, which the same call tries again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["images", "text", "documents"])

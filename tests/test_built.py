@@ -164,6 +164,10 @@ def test_a_built_folder_may_be_moved_with_the_images_that_lay_loose(tmp_path, to
 
 def test_a_folder_that_does_not_fit_is_refused_with_the_remedy(built, tokenizer, tmp_path):
     assert is_built(built) and not is_built(tmp_path)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".lock").touch()
+    with pytest.raises(ValueError, match="killed is not built to its end: call transfusion data build again"):
+        is_built(tmp_path / "killed")
     other = train_tokenizer(["other words"], 300)
     with pytest.raises(ValueError, match="another tokenizer: build it with --tokenizer FILE"):
         load_built_images(built, SIZES, other)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from transfusion.data.processes import side_by_side
+from transfusion.data.processes import cores, side_by_side
+
+
+def test_as_many_cores_are_counted_as_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7}, raising=False)
+    assert cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()
 
 
 def square_or_die(n: int) -> int:

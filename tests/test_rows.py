@@ -1,10 +1,14 @@
 import gzip
 import sys
 
+import numpy as np
+import pyarrow
 import pytest
 from shard_files import picture, write_table
 
 from transfusion.data.rows import Left, describe, hf_rows, json_rows, parquet_rows
+
+OFFSETS = np.array([0, 2, 3, 4], np.int32).tobytes()
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,17 @@ def test_a_table_is_read_by_the_columns_that_are_asked_for(tmp_path):
         next(parquet_rows(str(path), "t", ["caption"]))
     path.write_bytes(path.read_bytes()[:-20])
     assert list(parquet_rows(str(path), "t", ["text"])) == [("t", Left("table that is broken from somewhere on", "t"))]
+
+
+def test_a_row_of_a_table_that_python_cannot_hold_is_left_out_alone(tmp_path):
+    text = pyarrow.StringArray.from_buffers(3, *(pyarrow.py_buffer(b) for b in (OFFSETS, b"ab\xffc")))
+    dates = pyarrow.array([0, 0, 2**50], pyarrow.timestamp("ms"))
+    path = write_table(tmp_path / "t.parquet", text=text, date=dates)
+    broken = [("t:1", Left("row with a value that is broken", "t:1"))]
+    assert list(parquet_rows(str(path), "t", ["text"])) == [("t:0", {"text": "ab"}), *broken, ("t:2", {"text": "c"})]
+    assert [row for _, row in parquet_rows(str(path), "t", ["date"])][2] == Left(
+        "row with a value that is broken", "t:2"
+    )
 
 
 def test_a_data_set_of_hugging_face_comes_in_parts_with_its_images_as_bytes(tmp_path):

@@ -7,7 +7,7 @@ from shard_files import picture, write_tar
 
 from transfusion.data.images import measure
 from transfusion.data.rows import Left
-from transfusion.data.tars import CUT, Sample, TarWriter, find_members, read_samples
+from transfusion.data.tars import CUT, MORE, Sample, TarWriter, find_members, read_samples
 
 
 def read(path) -> tuple[list[Sample], list[Left]]:
@@ -88,6 +88,7 @@ def test_what_is_wrong_with_a_sample_is_named_and_the_good_ones_stay(tmp_path):
         Left("broken or unknown image", "t.tar/text.jpg"),
         Left("empty file", "t.tar/empty.png"),
         Left("file of a name that came before", "t.tar/twice.jpg"),
+        Left("image with a dot in its name, which ends at the first", "t.tar/good.v2.png"),
     }
 
 
@@ -102,6 +103,14 @@ def test_of_a_tar_that_is_cut_the_whole_samples_stay(tmp_path):
         samples, left = read(path)
         assert [s.name for s in samples] == [str(i) for i in range(4) if ends[f"{i}.txt"] <= cut], cut
         assert Left(CUT, "cut.tar") in left
+
+
+def test_a_second_tar_behind_the_end_is_named(tmp_path):
+    one, two = (write_tar(tmp_path / f"{n}.tar", {f"{n}.png": picture(), f"{n}.txt": n}).read_bytes() for n in "ab")
+    for zeros, expected in ((b"", [Left(MORE, "c.tar")]), (bytes(3 << 20), [Left(MORE, "c.tar")]), (None, [])):
+        (tmp_path / "c.tar").write_bytes(one + bytes(3 << 20) if zeros is None else one + zeros + two)
+        samples, left = read(tmp_path / "c.tar")
+        assert [s.name for s in samples] == ["a"] and left == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, b"\x1f\x8b", None])

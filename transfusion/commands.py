@@ -21,6 +21,7 @@ from transfusion.data.corpus import build_corpus
 from transfusion.data.crops import build_crops
 from transfusion.data.encode import encode_built
 from transfusion.data.images import parse_size
+from transfusion.data.processes import cores
 from transfusion.data.rows import COLUMNS, Columns
 from transfusion.data.shards import KINDS
 from transfusion.data.text import load_text
@@ -202,7 +203,7 @@ def declare_data(parser: argparse.ArgumentParser, with_config):
             metavar="SOURCE",
             help='tars, .parquet, .jsonl, .txt, folders of them, "my/{00000..00099}.tar", s3://..., hf:OWNER/NAME',
         )
-        p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one a core")
+        p.add_argument("--workers", type=int, default=cores(), help="processes; default: one a core")
         for name, default in zip(Columns._fields, COLUMNS):
             what = f"the column of a table with {name}s; default {default}"
             p.add_argument(f"--{name}-column", default=default, help=what)
@@ -332,10 +333,15 @@ def run_data_check(args) -> int:
     return 0 if usable else 1
 
 
-def run_data_build(args):
+def run_data_build(args) -> int:
+    """1 where a shard could not be read."""
     columns = Columns(args.image_column, args.text_column)
-    build(args.kind, args.sources, args.out, args.tokenizer, args.workers, columns)
+    dataset = build(args.kind, args.sources, args.out, args.tokenizer, args.workers, columns)
     print(f"use it by data.{args.kind}={args.out}")
+    lacking = sum("problem" in shard for shard in dataset["shards"])
+    if lacking:
+        print(f"it lacks {lacking} of {len(dataset['shards'])} shards, which the same call tries again")
+    return 1 if lacking else 0
 
 
 def run_data_encode(args):

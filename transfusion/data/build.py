@@ -12,21 +12,22 @@ whoever needs the room may delete FOLDER/parts.
 import fcntl
 import heapq
 import json
-import os
+import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from transfusion.data import images
 from transfusion.data.built import files_of
-from transfusion.data.images import MIN_FOR_HELD_OUT
-from transfusion.data.mapped import DATASET, FORMAT, Growing, fingerprint, publish
+from transfusion.data.images import MIN_FOR_HELD_OUT, plain
+from transfusion.data.mapped import DATASET, FORMAT, LOCK, Growing, fingerprint, publish
 from transfusion.data.parts import (
     KEPT,
     SPLITS,
@@ -40,13 +41,15 @@ from transfusion.data.parts import (
 from transfusion.data.processes import side_by_side
 from transfusion.data.rows import COLUMNS, Columns, Left
 from transfusion.data.samples import texts
-from transfusion.data.shards import Shard, find_shards
+from transfusion.data.shards import HF, Shard, braces, find_shards
 from transfusion.data.split import limit_of, within
-from transfusion.data.storage import has_size
+from transfusion.data.storage import has_size, is_remote, local, why
 from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_texts
 
 Part = tuple[Shard, Path, dict[str, Any]]
 AT_ONCE = 1 << 20  # records that are in memory at a time
+OURS = re.compile(r"(\.\d+-)?[0-9a-f]{20}-[0-9a-f]{16}(\.tar)?")  # names of parts and their tars, drafts of them too
+MERGED = re.compile(r"\.\w+-merged")  # what is joined before it takes its place
 
 
 def build(
@@ -57,25 +60,38 @@ def build(
     twice = [shard.url for shard, n in Counter(shards).items() if n > 1]
     if twice:
         raise ValueError(f"{twice[0]} is named twice: name each source once")
+    require_own(out, sources)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
+    with (out / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system, however this process ends
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"another process is building {out}: wait for it, or name another folder") from None
+        except OSError as error:
+            raise ValueError(f"{out} cannot be locked ({why(error)}): name a folder on another file system") from None
         return build_shards(shards, sources, Recipe(kind, out.absolute(), tokenizer, columns), workers)
+
+
+def require_own(out: Path, sources: Sequence[str]):
+    """ValueError where the folder holds the user's files, or lies in a source, of which the next call would take it."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder")
+    if out.is_dir() and not any((out / name).is_file() for name in (LOCK, DATASET)) and any(out.iterdir()):
+        raise ValueError(f"{out} holds files that no build made: name a new folder, or an empty one")
+    whole = out.resolve()
+    for url in (url for source in sources for url in braces(source.removeprefix(HF)) if not is_remote(url)):
+        if local(url).is_dir() and local(url).resolve() in (whole, *whole.parents):
+            raise ValueError(f"{out} lies in its own source {url}: name a folder outside of it")
 
 
 def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, workers: int) -> dict[str, Any]:
     """The same of these shards."""
     kind, out, tokenizer, columns = recipe
-    file = out / DATASET
-    if file.is_file():
-        there = json.loads(file.read_text())
-        if (there["kind"], there["format"]) != (kind, FORMAT):
-            raise ValueError(
-                f"{out} holds {there['kind']} of format {there['format']}: name another folder, or remove it"
-            )
+    for left in out.iterdir():
+        if MERGED.fullmatch(left.name):  # of a kill, as large as all that is built
+            shutil.rmtree(left)
+    there = built_before(out, kind)
+    if there:
         same = [known(shard) for shard in shards] == [
             {k: s[k] for k in KNOWN} for s in there["shards"] if "problem" not in s
         ]
@@ -84,12 +100,56 @@ def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, wo
             print(f"{out} is built of these sources already")
             return there
     made = list(make_parts(shards, recipe, workers))
+    require_as_much(there, shards, made, out)
     parts = [(shard, folder_of(shard, recipe), part) for shard, part in zip(shards, made) if not isinstance(part, str)]
     if not sum(part["samples"] for *_, part in parts):
-        raise ValueError(f"nothing usable in {', '.join(sources)}\n{account(shards, made)}")
-    new = out / f".{os.getpid()}-merged"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+        raise ValueError(plain(f"nothing usable in {', '.join(sources)}\n{account(shards, made)}"))
+    with TemporaryDirectory(prefix=".", suffix="-merged", dir=out) as new:
+        dataset = merge(shards, made, sources, recipe, Path(new))
+        (out / DATASET).unlink(missing_ok=True)  # not before: a build that fails leaves the folder as it was
+        for path in sorted(Path(new).iterdir(), key=lambda path: path.name == DATASET):  # the last says: it is whole
+            publish(path, out / path.name)
+    tidy(out, {folder.name for _, folder, _ in parts} | {Path(url).name for url, _ in dataset.get("tars", [])})
+    print(plain(f"{out}: {account(shards, made)}"))
+    return dataset
+
+
+def built_before(out: Path, kind: str) -> dict[str, Any] | None:
+    """dataset.json of the folder as it is; ValueError where it is of another kind or format, or broken."""
+    file = out / DATASET
+    if not file.is_file():
+        return None
+    try:
+        there = json.loads(file.read_text())
+        held = there["kind"], there["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is broken: remove it, and build the data anew") from None
+    if held != (kind, FORMAT):
+        raise ValueError(f"{out} holds {held[0]} of format {held[1]}: name another folder, or remove it")
+    return there
+
+
+def require_as_much(there: dict[str, Any] | None, shards: list[Shard], made: list[dict[str, Any] | str], out: Path):
+    """ValueError where a shard that is in the folder cannot be read now: without it the folder would be worth less."""
+    held = {(s["url"], s["part"]) for s in there["shards"] if "problem" not in s} if there else set()
+    away = [
+        f"  {shard.url}: {part}"
+        for shard, part in zip(shards, made)
+        if isinstance(part, str) and (shard.url, shard.part) in held
+    ]
+    if away:
+        raise ValueError(
+            f"{out} stays as it was, as {len(away)} of the shards in it cannot be read now: call again once they can, "
+            "or build what there is into another folder\n" + plain("\n".join(away))
+        )
+
+
+def merge(
+    shards: list[Shard], made: list[dict[str, Any] | str], sources: Sequence[str], recipe: Recipe, new: Path
+) -> dict[str, Any]:
+    """dataset.json of all parts, joined in the folder `new`."""
+    kind, _, tokenizer, columns = recipe
+    parts = [(shard, folder_of(shard, recipe), part) for shard, part in zip(shards, made) if not isinstance(part, str)]
     found = MERGES[kind](parts, recipe, new)
     described = [
         {
@@ -115,18 +175,13 @@ def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, wo
             with (folder / "skipped.jsonl").open("rb") as left_of_part:
                 shutil.copyfileobj(left_of_part, all_left)
     (new / DATASET).write_text(json.dumps(dataset, indent=1) + "\n")
-    file.unlink(missing_ok=True)  # not before: a build that fails leaves the folder as it was
-    for path in sorted(new.iterdir(), key=lambda path: path.name == DATASET):  # the last of them says that it is whole
-        publish(path, out / path.name)
-    tidy(out, {folder.name for _, folder, _ in parts} | {Path(url).name for url, _ in found.get("tars", [])})
-    print(f"{out}: {account(shards, made)}")
     return dataset
 
 
 def tidy(out: Path, used: set[str]):
     """Removes what a kill left behind, and what was made of sources as they were before."""
-    for path in (*out.glob(".*-merged"), *out.glob("parts/*"), *out.glob("shards/*")):
-        if path.name not in used:
+    for path in (*out.glob("parts/*"), *out.glob("shards/*")):
+        if OURS.fullmatch(path.name) and path.name not in used:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -172,12 +227,11 @@ def blocks(folder: Path, name: str) -> Iterator[np.ndarray]:
 
 def join(parts: list[Part], name: str, out: Path) -> list[int]:
     """One array of all parts, one behind the other; where each begins."""
-    arrays = [load(folder, name) for _, folder, _ in parts]
-    with Growing(out / f"{name}.npy", arrays[0].dtype) as whole:
+    with Growing(out / f"{name}.npy", load(parts[0][1], name).dtype) as whole:
         bases = []
-        for array in arrays:
+        for _, folder, _ in parts:  # one is open at a time: there may be more than a process may have open
             bases.append(whole.n)
-            whole.append(array)
+            whole.append(load(folder, name))
     return bases
 
 

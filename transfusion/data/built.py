@@ -24,7 +24,7 @@ import numpy as np
 from transfusion.codec.codec import Codec
 from transfusion.data.encoded import load_latents
 from transfusion.data.images import Size, bucket_of, decode
-from transfusion.data.mapped import DATASET, FORMAT, Mapped
+from transfusion.data.mapped import DATASET, FORMAT, LOCK, Mapped
 from transfusion.data.storage import Span, has_size, is_remote, read_spans
 from transfusion.tokenizer import Tokenizer
 
@@ -33,7 +33,13 @@ SCANNED = 1 << 18  # images, or documents, whose records are looked at together
 
 
 def is_built(path: str | Path) -> bool:
-    return (Path(path).expanduser() / DATASET).is_file()
+    """Whether the path is a built folder; ValueError where a build of it has not come to its end."""
+    folder = Path(path).expanduser()
+    if (folder / DATASET).is_file():
+        return True
+    if (folder / LOCK).is_file():  # or its parts would be read as sources
+        raise ValueError(f"{path} is not built to its end: call transfusion data build again, or remove the folder")
+    return False
 
 
 def described(path: str | Path, kind: str = "") -> tuple[Path, dict[str, Any]]:

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from transfusion.data.built import Rows, described, documents_of, images_of, is_built, names_of
-from transfusion.data.images import Size, decode, measure
+from transfusion.data.images import Size, decode, measure, plain
 from transfusion.data.mapped import fingerprint
 from transfusion.data.parts import UNREADABLE_SHARD
 from transfusion.data.processes import side_by_side
@@ -74,7 +74,7 @@ def counted(url: str, items: Iterable[Any]) -> Found:
             left[item.reason] = n + 1, names + [item.name] if n < NAMED else names
     except OSError as error:
         left[UNREADABLE_SHARD] = 1, [why(error)]
-    return Found(url, usable, left)
+    return Found(plain(url), usable, left)
 
 
 def check_built(kind: str, source: str, workers: int) -> Iterator[Found]:

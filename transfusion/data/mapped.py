@@ -17,6 +17,7 @@ import numpy as np
 CHUNK = 1 << 24  # bytes that are in memory at a time
 FORMAT = 2  # of what is built
 DATASET = "dataset.json"  # beside the arrays of a data set; written last, it says that they are whole
+LOCK = ".lock"  # beside it: of the process that builds; there from the beginning on, and stays
 
 
 class Growing:

@@ -15,6 +15,11 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
+def cores() -> int:
+    """How many cores this process may use: of a machine's, those that its container or its scheduler gives it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def side_by_side(work: Callable[[S], T], shards: Sequence[S], workers: int) -> Iterator[T]:
     """`work` of each shard by so many processes, 0 or 1 = this one; ValueError where one of them was killed."""
     if workers < 2 or len(shards) < 2:

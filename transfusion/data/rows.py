@@ -59,15 +59,21 @@ def parquet_rows(url: str, name: str, columns: list[str], rest: bool = False) ->
         try:
             with parquet.ParquetFile(raw) as table:
                 require(columns, table.schema_arrow.names, url)
-                rows = (
-                    row
-                    for batch in table.iter_batches(BATCH, columns=None if rest else columns)
-                    for row in batch.to_pylist()
-                )
+                batches = table.iter_batches(BATCH, columns=None if rest else columns)
+                rows = (row for batch in batches for row in python_rows(batch))
                 for number, row in enumerate(rows):
-                    yield f"{name}:{number}", row
+                    place = f"{name}:{number}"
+                    yield place, Left("row with a value that is broken", place) if row is None else row
         except pyarrow.ArrowException:
             yield name, Left("table that is broken from somewhere on", name)
+
+
+def python_rows(batch: Any) -> list[dict | None]:
+    """The rows of a batch of Arrow; None for one with a value that Python has not, such as a text that is no UTF-8."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [row for i in range(len(batch)) for row in python_rows(batch.slice(i, 1))] if len(batch) > 1 else [None]
 
 
 def require(columns: list[str], there: list[str], url: str):

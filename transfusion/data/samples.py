@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from transfusion.data.images import SUFFIXES, list_files, read_captions
 from transfusion.data.interleaved import Segment, beside, image_names, read_document
+from transfusion.data.jsonl import parse_lines
 from transfusion.data.rows import Columns, Left, hf_rows, json_rows, parquet_rows
 from transfusion.data.shards import HF, REMEDIES, Shard
 from transfusion.data.split import default_split
@@ -237,8 +238,13 @@ def is_json(value: Any) -> bool:
 
 def plain_row(row: dict[str, Any], place: str, file: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """A table's row as a line of JSON would say it, without keys of no value; and images that it holds, by name."""
-    given, segments = {}, []
-    for i, raw in enumerate(row["segments"] or ()):
+    given, segments, cell = {}, [], row["segments"]
+    if isinstance(cell, str):  # a column of JSON
+        ((_, line),) = parse_lines([b'{"segments": %s}' % cell.encode()])
+        cell = line["segments"] if isinstance(line, dict) else cell
+    if not isinstance(cell, list):  # which `read_document` says
+        return {"segments": cell}, {}
+    for i, raw in enumerate(cell):
         raw = {key: value for key, value in raw.items() if value is not None} if isinstance(raw, dict) else raw
         image = raw.get("image") if isinstance(raw, dict) else None
         if isinstance(image, dict):

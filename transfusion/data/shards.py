@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from transfusion.data.images import METADATA, SUFFIXES
+from transfusion.data.images import METADATA, SUFFIXES, plain
 from transfusion.data.interleaved import DOCUMENTS
 from transfusion.data.rows import describe
 from transfusion.data.storage import Stamp, absolute, is_remote, join, local, stamp, stamps_below, why
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         """Below the root."""
-        return self.url.removeprefix(self.root).lstrip("/") + (f"[{self.part}]" if self.parts > 1 else "")
+        return plain(self.url.removeprefix(self.root).lstrip("/")) + (f"[{self.part}]" if self.parts > 1 else "")
 
     @property
     def key(self) -> str:
@@ -65,8 +65,10 @@ def find_shards(kind: str, source: str) -> list[Shard]:
 
 REMEDIES = {
     "images": "a .tar of images with captions (cat.jpg beside cat.txt or cat.json), a folder of such tars, "
-    f"a .parquet, hf:NAME, or a folder of images ({' '.join(SUFFIXES)}) with {METADATA} or .txt files",
-    "text": 'a .jsonl (.gz) of lines {"text": ...}, a .parquet, a .txt, a folder of them, or hf:NAME',
+    f"a .parquet, hf:NAME, or, on this machine, a folder of images ({' '.join(SUFFIXES)}) with {METADATA} or .txt "
+    "files",
+    "text": 'a .jsonl (.gz) of lines {"text": ...}, a .parquet, a folder of them, hf:NAME, or, on this machine, a .txt '
+    "or a folder with some",
     "documents": f"a folder with a {DOCUMENTS}, a .jsonl (.gz) or a .parquet of documents, or hf:NAME",
 }
 

@@ -14,6 +14,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,6 +24,8 @@ from transfusion.data.storage import open_url
 
 Look = Callable[[bytes], Size | str]  # the (height, width) of an image file, or why it cannot be had
 CUT = "tar that ends before its end, or is none"
+MORE = "tar with another one behind its end, which is not read: unpack them, and pack them together"
+BLOCK = 1 << 20  # bytes that are looked at together
 
 
 class Picture(NamedTuple):
@@ -74,6 +77,8 @@ def members(file: BinaryIO) -> Iterator[Member | Left]:
             file.seek(tar.offset)
             if any(file.read(tarfile.BLOCKSIZE) or b"cut"):
                 yield Left(CUT, "")
+            elif any(map(any, iter(partial(file.read, BLOCK), b""))):  # `cat a.tar b.tar`; else zeros to a full record
+                yield Left(MORE, "")
     except tarfile.TarError:
         yield Left(CUT, "")
 
@@ -98,6 +103,8 @@ def read_samples(url: str, name: str, look: Look) -> Iterator[Sample | Left]:
             stem, _, ending = base.partition(".")
             key, kind = folder + slash + stem, "." + ending.lower()
             if kind not in (".txt", ".json", *SUFFIXES):
+                if kind.endswith(SUFFIXES):  # else of another field, such as .cls
+                    yield Left("image with a dot in its name, which ends at the first", f"{name}/{member.name}")
                 continue
             seen = key in pictures if kind in SUFFIXES else (key, kind) in captions
             if seen:
