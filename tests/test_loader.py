@@ -375,9 +375,7 @@ def keeps(size: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_a_worker_keeps_what_a_batch_leaves_behind():
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as pool:  # glibc learns from what was freed before
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # glibc learns from what is freed
         assert not pool.submit(keeps, 24).result()
         pool.submit(keep_memory).result()
         assert pool.submit(keeps, 31).result()
