@@ -29,7 +29,7 @@ from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.generate import Answer, Engine
-from transfusion.hub import HUB, push
+from transfusion.hub import HUB, client, push
 from transfusion.llama import is_llama
 from transfusion.plan import plan, plan_cluster
 from transfusion.pretrained import load
@@ -367,6 +367,8 @@ def run_tokenize(args):
 
 def run_export(args):
     address = f"{HUB}{args.push}" if args.push else ""
+    if args.push:
+        client()  # whether it is there is better known before the export than after
     out = export(args.model, args.out, args.dtype, args.license, address)
     print(out)
     if args.push:
