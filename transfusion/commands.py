@@ -290,10 +290,13 @@ def run_eval(args):
     corpus, _ = build_corpus(
         c.data, engine.tokenizer, load_codec(c.data.codec, engine.device), engine.fmt, c.train.seq_len
     )
-    results = evaluate(engine, corpus, load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]))
-    print(table(results))
-    if args.json:
-        write_json(args.json, results)
+    config, results = load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]), {}
+    try:
+        results.update(evaluate(engine, corpus, config))
+    finally:  # what was found before a failure is not lost with it
+        print(table(results))
+        if args.json and results:
+            write_json(args.json, results)
 
 
 def run_eval_codec(args):
