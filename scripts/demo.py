@@ -43,7 +43,7 @@ def main(overrides: list[str]) -> None:
         engine = load(run, config.device)
         c = engine.config
         corpus, _ = build_corpus(c.data, engine.tokenizer, load_codec(c.data.codec), engine.fmt, c.train.seq_len)
-        results = evaluate(engine, corpus, EvalConfig(**EVAL, sheets=str(run / "drawn")))
+        results = dict(evaluate(engine, corpus, EvalConfig(**EVAL, sheets=str(run / "drawn"))))
         (run / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
         (run / "eval.txt").write_text(table(results) + "\n")
         print("", table(results), "", sep="\n")

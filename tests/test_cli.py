@@ -19,8 +19,11 @@ from transfusion import cli, commands, load
 from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.cli import COMMANDS, build_parser, main, parse
 from transfusion.commands import free_name
+from transfusion.data.corpus import build_corpus
+from transfusion.evals import run as run_evaluators
 from transfusion.metrics import read_records
 from transfusion.tokenizer import load_tokenizer
+from transfusion.train import draw_samples
 
 
 @pytest.fixture(scope="session")
@@ -451,3 +454,29 @@ def test_the_module_runs_as_a_program():
     assert done.returncode == 2
     assert done.stderr.startswith("transfusion plan: no config file nowhere.toml")
     assert done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_numbers_that_eval_has_found_outlive_a_later_failure(trained, tmp_path, capsys, monkeypatch):
+    def fails(engine, corpus, config):
+        raise ValueError("the store is gone")
+        yield
+
+    monkeypatch.setitem(run_evaluators.EVALUATORS, "captions", fails)
+    file = tmp_path / "eval.json"
+    assert main(["eval", str(trained), "--json", str(file), "text_windows=1"]) == 2
+    said = capsys.readouterr()
+    assert "the store is gone" in said.err and "bits per byte" in said.out
+    assert {name.partition("/")[0] for name in json.loads(file.read_text())} == {"text"}
+
+
+def test_a_sheet_of_a_run_leaves_out_what_cannot_be_read(trained, tmp_path, monkeypatch):
+    engine = load(str(trained))
+    c = engine.config
+    corpus, _ = build_corpus(c.data, engine.tokenizer, engine.codec, engine.fmt, c.train.seq_len)
+    images = corpus.captions["train"].images
+    reads = images.read
+    monkeypatch.setattr(images, "read", lambda numbers: ["gone", *reads(numbers)[1:]])
+    draw_samples(engine.model, engine.tokenizer, c, corpus, tmp_path / "a.png")
+    monkeypatch.setattr(images, "read", lambda numbers: ["gone" for _ in numbers])
+    draw_samples(engine.model, engine.tokenizer, c, corpus, tmp_path / "b.png")
+    assert (tmp_path / "a.png").is_file() and not (tmp_path / "b.png").exists()

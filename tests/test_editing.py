@@ -120,6 +120,16 @@ def test_what_is_asked_for_that_is_no_colour_is_not_taken_for_one(corpus):
     assert "editing/train/mse" in found and not any(name.endswith(("colour", "overlap")) for name in found)
 
 
+def test_edits_with_an_image_that_cannot_be_read_are_passed_over_and_counted(corpus, tmp_path, monkeypatch, capsys):
+    images = corpus.interleaved.images
+    bad, reads = corpus.interleaved.documents["train"][0].segments[0].number, images.read
+    gone = lambda numbers: ["gone" if i == bad else x for i, x in zip(numbers, reads(numbers))]  # noqa: E731
+    monkeypatch.setattr(images, "read", gone)
+    found = dict(evaluate_editing(engine_that(wanted, corpus), corpus, EvalConfig(sheets=str(tmp_path))))
+    assert found["editing/train/n"] == 1 and found["editing/train/mse"] == pytest.approx(0, abs=1e-9)
+    assert "1 of 2 documents are passed over: gone\n" in capsys.readouterr().err
+
+
 def test_sheets_show_what_was_given_drawn_and_wanted(corpus, tmp_path):
     list(evaluate_editing(engine_that(wanted, corpus), corpus, EvalConfig(sheets=str(tmp_path))))
     names = sorted(path.name for path in tmp_path.iterdir())

@@ -14,6 +14,7 @@ from transfusion.data import built as built_module
 from transfusion.data import encode, encoded
 from transfusion.data.build import build
 from transfusion.data.built import load_built_images
+from transfusion.data.check import check
 from transfusion.data.encode import encode_built, every_image
 from transfusion.data.encoded import BROKEN, load_latents
 from transfusion.data.storage import UNREADABLE
@@ -182,3 +183,46 @@ def test_two_processes_that_encode_the_same_disturb_neither(built):
 
     folder, _ = encode_built(built, replace(CODEC, key="2", encode=with_another), SIZES)
     assert began == [(folder, 0)] and tree(folder) == whole
+
+
+def test_a_block_of_another_size_is_refused_and_encoded_anew(built):
+    folder, _ = encode_built(built, CODEC, SIZES)
+    whole, calls = tree(folder), []
+    images = load_built_images(built, SIZES, load_tokenizer())["train"].images
+    counted = replace(CODEC, encode=lambda images: calls.append(len(images)) or halved(images))
+    for name in ("000001.bin", "starts.npy"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-4])
+        with pytest.raises(ValueError, match=f"{name} is gone or has another size: call transfusion data encode"):
+            load_latents(images, CODEC)
+        assert encode_built(built, counted, SIZES)[1] == 0 and tree(folder) == whole
+    assert sum(calls) == 16
+    load_latents(images, CODEC)
+
+
+def test_a_block_that_another_rank_has_to_mend_is_still_missing(built):
+    folder, _ = encode_built(built, CODEC, SIZES)
+    (folder / "000001.bin").write_bytes(b"")
+    assert [encode_built(built, CODEC, SIZES, rank=rank, ranks=2)[1] for rank in (0, 1)] == [1, 0]
+
+
+def test_a_byte_of_latents_that_has_changed_is_found_by_the_check(built):
+    folder, _ = encode_built(built, CODEC, SIZES)
+    assert not any(found.url.endswith("/latents") for found in check("images", [str(built)]))
+    block = bytearray((folder / "000002.bin").read_bytes())
+    block[5] ^= 1
+    (folder / "000002.bin").write_bytes(block)
+    first = next(iter(check("images", [str(built)])))
+    assert first.url == f"{built}/latents" and first.left == {
+        "latents that have changed: remove them, and call transfusion data encode again": (
+            1,
+            [f"latents/{folder.name}/000002.bin"],
+        )
+    }
+
+
+def test_where_latents_begin_is_written_once(built):
+    folder, _ = encode_built(built, CODEC, SIZES)
+    (folder / "latents.json").unlink()
+    before = (folder / "starts.npy").stat()
+    encode_built(built, CODEC, SIZES)
+    assert (folder / "starts.npy").stat().st_ino == before.st_ino

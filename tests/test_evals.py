@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -352,7 +353,7 @@ def test_drawings_count_for_every_image_that_carries_the_caption_or_looks_like_o
     train = corpus.captions["train"]
     corpus.captions["held_out_image"].texts[0].append(train.texts[0][0])  # as its second caption
     train.images.arrays[3] = train.images[1]
-    right = carriers(list(candidates(corpus, EvalConfig())), [own[0] for own in train.texts])
+    right = carriers(list(candidates(corpus, EvalConfig(), ())), [own[0] for own in train.texts])
     assert right.tolist() == [[1, 0, 0, 0, 1], [0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
     real = all_images(corpus)
     found = dict(evaluate_drawing(drawer(corpus, lambda i: real[[4, 3, 2, 1, 4][i]]), corpus, EvalConfig()))
@@ -456,10 +457,10 @@ def test_the_interval_of_a_mean_is_its_standard_error_twice():
 def test_evaluate_gives_the_same_numbers_again_whatever_torch_drew_before(tmp_path):
     engine, corpus = make_engine(), make_corpus()
     config = EvalConfig(n_captions=4, n_images=3, batch=3)
-    first = evaluate(engine, corpus, config)
+    first = dict(evaluate(engine, corpus, config))
     torch.manual_seed(1)
     torch.rand(3)
-    second = evaluate(engine, corpus, config)
+    second = dict(evaluate(engine, corpus, config))
     assert list(first.items()) == list(second.items())
     assert json.loads(json.dumps(first)) == first and all(math.isfinite(v) for v in first.values())
     groups = list(dict.fromkeys(name.split("/")[0] for name in first))
@@ -469,9 +470,9 @@ def test_evaluate_gives_the_same_numbers_again_whatever_torch_drew_before(tmp_pa
 
 def test_what_the_data_lacks_is_absent():
     engine, corpus = make_engine(), make_corpus(held_out=0, combination=0, text=())
-    found = evaluate(engine, corpus, EvalConfig(n_images=0))
+    found = dict(evaluate(engine, corpus, EvalConfig(n_images=0)))
     assert {tuple(name.split("/")[:2]) for name in found} == {("captions", "train"), ("drawing", "train")}
-    assert evaluate(engine, make_corpus(text=()), EvalConfig(n_images=0, n_captions=0)) == {}
+    assert not list(evaluate(engine, make_corpus(text=()), EvalConfig(n_images=0, n_captions=0)))
 
 
 def test_the_table_shows_intervals_in_brackets_and_a_column_a_split():
@@ -506,23 +507,57 @@ def test_the_config_is_read_from_overrides_and_refuses_what_makes_no_sense():
 
 def test_of_many_images_some_stand_for_all_those_looked_at_among_them(monkeypatch):
     corpus = make_corpus(train=30, held_out=9)
-    every = [c.image.tobytes() for c in candidates(corpus, EvalConfig())]
+    every = [c.image.tobytes() for c in candidates(corpus, EvalConfig(), ())]
     assert every == [image.tobytes() for image in all_images(corpus)]
     config = EvalConfig(n_captions=4, n_candidates=12)
     for listed in (PERMUTED, 5):  # by a permutation, and without one
         monkeypatch.setattr("transfusion.evals.config.PERMUTED", listed)
-        some_of_all = [c.image.tobytes() for c in candidates(corpus, config)]
+        own = list(chosen(corpus, 4, 0))
+        some_of_all = [c.image.tobytes() for c in candidates(corpus, config, own)]
         assert some_of_all == [image for image in every if image in some_of_all] and 12 <= len(some_of_all) <= 12 + 10
-        looked_at = [corpus.captions[split].images[i] for split, own in chosen(corpus, 4, 0) for i in own]
+        looked_at = [corpus.captions[split].images[i] for split, numbers, _ in own for i in numbers]
         assert len(looked_at) == 10 and {image.tobytes() for image in looked_at} <= set(some_of_all)
         found = dict(evaluate_drawing(drawer(corpus, lambda i: all_images(corpus)[i]), corpus, config))
         assert found["drawing/train/pixel_top1"] == 1
         assert found["drawing/train/chance_top1"] == pytest.approx(1 / len(some_of_all))
 
 
-def test_images_that_cannot_be_read_are_passed_over(monkeypatch):
+def test_images_that_cannot_be_read_are_passed_over_and_counted(monkeypatch, capsys):
     corpus = make_corpus(train=6)
     images = corpus.captions["train"].images
     monkeypatch.setattr(images, "read", lambda numbers: ["gone" if i == 2 else images[i] for i in numbers])
-    assert dict(chosen(corpus, 99, 0))["train"] == [0, 1, 3, 4, 5]
-    assert len(list(candidates(corpus, EvalConfig()))) == 10
+    found = {of.split: of for of in chosen(corpus, 99, 0)}
+    assert found["train"].numbers == [0, 1, 3, 4, 5]
+    assert found["train"].captions.texts == [corpus.captions["train"].texts[i] for i in (0, 1, 3, 4, 5)]
+    assert capsys.readouterr().err == "1 of 6 images of train are passed over: gone\n"
+    assert len(list(candidates(corpus, EvalConfig(), ()))) == 10
+
+
+def test_an_image_is_read_once_so_that_a_store_which_fails_later_ends_nothing(monkeypatch):
+    engine, corpus = make_engine(), make_corpus(train=6)
+    images, met = corpus.captions["train"].images, set()
+
+    def once(numbers):
+        found = ["gone" if i in met else images.arrays[i] for i in numbers]
+        met.update(numbers)
+        return found
+
+    monkeypatch.setattr(images, "read", once)
+    monkeypatch.setattr(Held, "__getitem__", lambda self, i: 1 / 0 if self is images else self.arrays[i])
+    for evaluator, group in ((evaluate_captions, "captions"), (evaluate_denoising, "denoising")):
+        met.clear()
+        assert dict(evaluator(engine, corpus, EvalConfig()))[f"{group}/train/n"] == 6
+    met.clear()
+    wanted = drawer(corpus, lambda i: np.zeros((SIDE, SIDE, 3), np.uint8))
+    assert dict(evaluate_drawing(wanted, corpus, EvalConfig()))["drawing/train/n"] == 6
+
+
+def test_latents_that_cannot_be_read_are_passed_over_with_their_image(monkeypatch):
+    corpus = make_corpus(train=3)
+    train = corpus.captions["train"]
+    latents = Held(list(PIXELS.encode(train.images.arrays)))
+    monkeypatch.setattr(latents, "read", lambda numbers: ["broken" if i == 1 else latents[i] for i in numbers])
+    corpus = replace(corpus, captions={**corpus.captions, "train": replace(train, latents=latents)})
+    of = next(chosen(corpus, 99, 0))
+    assert of.numbers == [0, 2]
+    np.testing.assert_array_equal(corpus.image(of.captions, 1).latents, latents[2])

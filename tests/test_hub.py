@@ -3,10 +3,12 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from transfusion import hub
+from transfusion.commands import run_export
 
 
 class Hub:
@@ -52,3 +54,23 @@ def test_a_missing_client_is_said_to_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         hub.fetched("hub:me/mine")
+
+
+def test_an_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
+    def refuses(*a, **k):
+        raise TimeoutError
+
+    monkeypatch.setattr(hub, "client", lambda: Hub(tmp_path))
+    monkeypatch.setattr(Hub, "snapshot_download", refuses)
+    monkeypatch.setattr(Hub, "create_repo", refuses)
+    with pytest.raises(ValueError, match=r"is not to be had: TimeoutError$"):
+        hub.fetched("hub:me/mine")
+    with pytest.raises(ValueError, match=r"does not take it .TimeoutError."):
+        hub.push(tmp_path, "me/mine")
+
+
+def test_an_export_that_is_to_be_pushed_asks_for_the_client_before_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        run_export(SimpleNamespace(model=None, out=tmp_path / "out", dtype="", license="", push="me/mine"))
+    assert not (tmp_path / "out").exists()

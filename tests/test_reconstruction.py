@@ -51,6 +51,14 @@ def test_a_codec_that_loses_nothing_has_no_error_and_one_that_is_off_by_four_has
     assert results["reconstruction/train/ssim"] < 1
 
 
+def test_a_split_that_cannot_be_read_is_passed_over(monkeypatch, capsys):
+    spoiled = crops()
+    monkeypatch.setattr(spoiled.splits["held_out_image"], "read", lambda numbers: ["gone"] * len(numbers))
+    results = evaluate_codec(PIXELS, spoiled, CodecEvalConfig(n_images=4))
+    assert {name.split("/")[1] for name in results} == {"train"}
+    assert "3 of 3 images of held_out_image are passed over" in capsys.readouterr().err
+
+
 def test_the_use_of_a_codebook_is_counted():
     codes = np.zeros((4, 16, 16), np.int64)
     codes[:, :8] = 3

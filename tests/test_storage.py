@@ -33,7 +33,8 @@ def memory():
     store.rm("/box", recursive=True)
 
 
-def test_spans_of_files_here_and_elsewhere_come_back_in_the_order_asked(tmp_path, memory):
+def test_spans_of_files_here_and_elsewhere_come_back_in_the_order_asked(tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
     (tmp_path / "c").write_bytes(b"0123456789")
     here = str(tmp_path / "c")
     spans = [
@@ -211,6 +212,39 @@ def test_ranges_that_a_store_did_not_give_are_asked_for_again(breaking, memory, 
     assert good == b"ab" and gone.startswith(f"{UNREADABLE}: FileNotFoundError") and breaking.calls > 5
     assert bad.startswith(f"{UNREADABLE}: ClientError: an error occurred (SlowDown) when") and "\n" not in bad
     assert len(bad) <= len(UNREADABLE) + 2 + MOST
+
+
+def test_a_range_that_came_too_short_is_asked_for_again(breaking, memory, monkeypatch):
+    answers = iter([b"a", b"ab"])
+    monkeypatch.setattr(breaking, "cat_file", lambda self, path, start=None, end=None, **options: next(answers))
+    assert read_spans([Span("breaking://box/a.tar", 0, 2)]) == [b"ab"]
+
+
+class Hosts(MemoryFileSystem):
+    """A store whose host is part of the file system, as of sftp and hdfs."""
+
+    protocol = "hosts"
+
+    def __init__(self, host="", **options):
+        super().__init__(**options)
+        self.host = host
+
+    @staticmethod
+    def _get_kwargs_from_urls(path):
+        return {"host": path.removeprefix("hosts://").partition("/")[0]}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("hosts://").partition("/")[2]
+
+    def cat_file(self, path, start=None, end=None, **options):
+        return f"{self.host}{path}".encode()[start:end]
+
+
+def test_files_of_the_same_scheme_are_read_each_from_its_own_host():
+    fsspec.register_implementation("hosts", Hosts, clobber=True)
+    spans = [Span(f"hosts://{host}/x", 0, 3) for host in "aba"]
+    assert read_spans(spans) == [b"a/x", b"b/x", b"a/x"]
 
 
 def test_an_image_that_a_store_fails_to_give_costs_no_document_for_good(tmp_path, breaking, memory, monkeypatch):

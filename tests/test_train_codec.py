@@ -15,7 +15,8 @@ from transfusion.checkpoint import latest_checkpoint, read_state
 from transfusion.codec.autoencoder import CodecConfig
 from transfusion.codec.discriminator import DiscriminatorConfig, hinge
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients
-from transfusion.data.crops import CropConfig
+from transfusion.data.arrays import Held
+from transfusion.data.crops import CropConfig, build_crops
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig
 from transfusion.train_codec import CodecRunConfig, CodecTrainConfig, codebook_use, train_codec
@@ -194,3 +195,21 @@ def test_the_use_of_a_codebook_is_its_share_and_its_perplexity():
     use = torch.tensor([2.0, 2.0, 0.0, 0.0])
     assert codebook_use(use) == pytest.approx({"codes_used": 0.5, "perplexity": 2.0})
     assert codebook_use(torch.ones(9)) == pytest.approx({"codes_used": 1.0, "perplexity": 9.0})
+
+
+def test_images_that_cannot_be_read_are_named_counted_and_limited(tiny, tmp_path, monkeypatch):
+    class Spoiled(Held):
+        def read(self, numbers):
+            return ["gone" if i == 2 else one for i, one in zip(numbers, super().read(numbers))]
+
+    def spoiled(config):
+        crops, reports = build_crops(config)
+        return replace(crops, splits={split: Spoiled(list(of)) for split, of in crops.splits.items()}), reports
+
+    monkeypatch.setattr(loop, "build_crops", spoiled)
+    train_codec(tiny, tmp_path / "run")
+    named = (tmp_path / "run/lost.txt").read_text().splitlines()
+    assert len(named) in (2, 3) and set(named) == {"image 2: gone"}  # 32 images of 12 or fewer
+    assert records(tmp_path / "run")[-1]["lost"] == len(named)
+    with pytest.raises(ValueError, match=r"1 images could not be read, more than data.max_lost = 0: .*lost.txt names"):
+        train_codec(replace(tiny, data=replace(tiny.data, max_lost=0)), tmp_path / "strict")

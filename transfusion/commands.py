@@ -30,7 +30,7 @@ from transfusion.evals.reconstruction import CodecEvalConfig, evaluate_codec
 from transfusion.evals.run import EvalConfig, evaluate, table
 from transfusion.export import DTYPES, export
 from transfusion.generate import Answer, Engine
-from transfusion.hub import HUB, push
+from transfusion.hub import HUB, client, push
 from transfusion.llama import is_llama
 from transfusion.plan import plan, plan_cluster
 from transfusion.pretrained import load
@@ -291,10 +291,13 @@ def run_eval(args):
     corpus, _ = build_corpus(
         c.data, engine.tokenizer, load_codec(c.data.codec, engine.device), engine.fmt, c.train.seq_len
     )
-    results = evaluate(engine, corpus, load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]))
-    print(table(results))
-    if args.json:
-        write_json(args.json, results)
+    config, results = load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]), {}
+    try:
+        results.update(evaluate(engine, corpus, config))
+    finally:  # what was found before a failure is not lost with it
+        print(table(results))
+        if args.json and results:
+            write_json(args.json, results)
 
 
 def run_eval_codec(args):
@@ -373,6 +376,8 @@ def run_tokenize(args):
 
 def run_export(args):
     address = f"{HUB}{args.push}" if args.push else ""
+    if args.push:
+        client()  # whether it is there is better known before the export than after
     out = export(args.model, args.out, args.dtype, args.license, address)
     print(out)
     if args.push:

@@ -24,7 +24,7 @@ def fetched(name: str) -> Path:
     try:
         return Path(client().snapshot_download(name.removeprefix(HUB)))
     except Exception as error:  # of the network, of the hub, of a name that is none: all are told in words
-        raise ValueError(f"{name} is not to be had: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name} is not to be had: {first_line(error)}") from None
 
 
 def push(folder: Path, repo: str) -> str:
@@ -35,7 +35,12 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # as above; the folder stays
         raise ValueError(
-            f"{folder} is written, but {repo} does not take it ({str(error).splitlines()[0]}): try `hf auth login`, "
+            f"{folder} is written, but {repo} does not take it ({first_line(error)}): try `hf auth login`, "
             f"then `hf upload {repo} {folder}`"
         ) from None
     return str(url)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says; the name of its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -26,6 +26,7 @@ from transfusion.data.corpus import build_corpus
 from transfusion.data.loader import Packer, load_batches, micro_batches
 from transfusion.data.report import Lost
 from transfusion.evals.config import EvalConfig
+from transfusion.evals.documents import some_of
 from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.flops import count_packed
 from transfusion.generate import Engine
@@ -324,11 +325,13 @@ def draw_samples(model: Transfusion, tokenizer, config: RunConfig, corpus, path:
     documents = few(edits(corpus, least=1).get("train", []))
     if len(captions):
         chosen = few(range(len(captions)))
-        texts = [captions.texts[i][0] for i in chosen]
-        items = [(t, [d, captions.images[i]]) for t, d, i in zip(texts, engine.draw(texts), chosen)]
-    elif documents:
-        items = sheet_items(engine, corpus, documents, draw_last(engine, corpus, documents, EvalConfig()))
+        read = [(i, one) for i, one in zip(chosen, captions.images.read(chosen)) if not isinstance(one, str)]
+        texts = [captions.texts[i][0] for i, _ in read]
+        items = [(text, [drawn, real]) for text, drawn, (_, real) in zip(texts, engine.draw(texts), read)]
     else:
-        return  # nothing that ends with an image to draw
+        held, documents = some_of(corpus, documents, SAMPLED, 0)
+        items = sheet_items(engine, held, documents, draw_last(engine, held, documents, EvalConfig()))
+    if not items:
+        return  # nothing that ends with an image to draw, or none that can be read
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(items).save(path)

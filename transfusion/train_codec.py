@@ -5,6 +5,7 @@
 The discriminator learns beside it, from the same reconstructions, in the same step.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from transfusion.codec.learned import device_of, to_bytes, to_tensor
 from transfusion.codec.load import find_codec
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients, reconstruct
 from transfusion.data.crops import CropConfig, Crops, build_crops
+from transfusion.data.report import Lost
 from transfusion.loop import Step, find_checkpoint, optional, restore, run_steps, start
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig, averaged, build_optimizers, clip_gradients
@@ -105,7 +107,7 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
     (run / "config.toml").write_text(configs.to_toml(config))
     (run / "skipped.txt").write_text("".join(f"{source}\n{report.names()}" for source, report in reports.items()))
 
-    c = config.train
+    c, lost = config.train, Lost(run / "lost.txt", config.data.max_lost, "images")
 
     def autocast():
         bf16 = uses_bf16(c.precision, device)
@@ -127,7 +129,7 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
             record = {name: x.item() for name, x in terms._asdict().items()}
             if latent.codes is not None:
                 record |= {**codebook_use(networks.autoencoder.quantize.use), "revived": revived}
-            return {**record, "grad_norm": norm.item()}
+            return {**record, "grad_norm": norm.item(), "lost": lost.count}
 
         return Step(norm, {"images": len(images)}, numbers)
 
@@ -135,8 +137,13 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
         with averaged(networks, training.ema), optional("sheet"):
             draw_samples(networks.autoencoder, crops, autocast, path)
 
-    batches = (crops.batch(config.seed, step, c.batch) for step in range(training.step, c.steps))
-    return run_steps(run, config, training, batches, compute, sample)
+    def batches() -> Iterator[np.ndarray]:
+        for step in range(training.step, c.steps):
+            images, names = crops.batch(config.seed, step, c.batch)
+            lost.found(names, len(names))
+            yield images
+
+    return run_steps(run, config, training, batches(), compute, sample)
 
 
 def data_of(name: str) -> CropConfig:
@@ -171,6 +178,8 @@ def draw_samples(autoencoder: Autoencoder, crops: Crops, autocast, path: Path):
     device = device_of(autoencoder)
     for split in crops.splits:
         originals = crops.centres(split, SAMPLED)
+        if not len(originals):
+            continue  # none of them can be read
         with autocast():
             made = to_bytes(reconstruct(autoencoder, to_tensor(originals, device))).cpu().numpy()
         items += [(split.replace("_", " "), pair) for pair in zip(originals, made)]

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from transfusion.data.built import Rows, described, documents_of, images_of, is_built, names_of
+from transfusion.data.encoded import spoiled
 from transfusion.data.images import Size, decode, measure, plain
 from transfusion.data.mapped import fingerprint
 from transfusion.data.parts import UNREADABLE_SHARD
@@ -86,7 +87,11 @@ def check_built(kind: str, source: str, workers: int) -> Iterator[Found]:
         yield counted(
             str(folder), (Left("file that has changed: remove it, and build the data anew", n) for n in other)
         )
-    elif kind == "text":
+        return
+    if latents := spoiled(folder):
+        reason = "latents that have changed: remove them, and call transfusion data encode again"
+        yield counted(f"{folder}/latents", (Left(reason, name) for name in latents))
+    if kind == "text":
         yield Found(str(folder), dataset["documents"]["all"], {})
     else:
         n = max(stop for _, stop in dataset["splits"].values())

@@ -1,7 +1,7 @@
 """Images without captions, as an autoencoder learns them: the step's images are a pure function of (seed, step).
 
 Every image once an epoch, in an order of the epoch's own; of images loaded larger than they are trained on, another
-square each time.
+square each time. One that cannot be read is named, counted, and gives its turn to the next.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ class CropConfig:
     load_size: int = 0  # pixels a side as loaded, of which a random square of image_size is cut out; 0 = image_size
     flips: float = 0.0  # how often an image is mirrored, left to right
     recolour: float = 0.0  # how often its colour channels change places, so that rare hues are learned like common ones
+    max_lost: int = 1000  # images that a run may find unreadable before it stops
 
     def __post_init__(self):
         if not self.images:
@@ -45,39 +46,54 @@ class Crops:
     config: CropConfig
     splits: dict[str, Sequence[np.ndarray]]  # n of uint8 [load_size, load_size, 3], as data/arrays.py says
 
-    def batch(self, seed: int, step: int, n: int) -> np.ndarray:
-        """[n, image_size, image_size, 3] uint8: images step * n ... of training."""
-        return np.stack([self.image(seed, step * n + i) for i in range(n)])
+    def batch(self, seed: int, step: int, n: int) -> tuple[np.ndarray, list[str]]:
+        """([n, image_size, image_size, 3] uint8: images step * n ... of training; which of them could not be read)."""
+        turns = range(step * n, (step + 1) * n)
+        found, lost = self.whole(seed, turns)
+        return np.stack([self.cut(image, seed, k) for image, k in zip(found, turns)]), lost
 
-    def image(self, seed: int, k: int) -> np.ndarray:
-        """The k-th image of training."""
-        c, image = self.config, self.whole(seed, k)
-        rng = np.random.default_rng(key_of(seed, 2, k))
+    def cut(self, image: np.ndarray, seed: int, k: int) -> np.ndarray:
+        """The square of it that is trained on in turn k, mirrored and recoloured as that has it."""
+        c, rng = self.config, np.random.default_rng(key_of(seed, 2, k))
         top, left = rng.integers(0, image.shape[0] - c.image_size, 2, endpoint=True)
         image = image[top : top + c.image_size, left : left + c.image_size]
         if rng.random() < c.flips:
             image = image[:, ::-1]
         return image[:, :, rng.permutation(3)] if rng.random() < c.recolour else image
 
-    def whole(self, seed: int, k: int) -> np.ndarray:
-        """[load_size, load_size, 3] uint8 of the k-th image of training; of the next where it cannot be read."""
-        train = self.splits["train"]
-        for turn in range(k, k + TRIES):
-            epoch, i = divmod(turn, len(train))
-            (image,) = train.read([shuffled(i, len(train), seed, 1, epoch)])
-            if not isinstance(image, str):
-                return image
-        raise ValueError(
-            f"{TRIES} images in turn cannot be read ({image}): see `transfusion data check images` of them"
-        )
+    def whole(self, seed: int, turns: Sequence[int]) -> tuple[list[np.ndarray], list[str]]:
+        """([load_size, load_size, 3] uint8 of each of these turns, of the next where it cannot be read; why that is, a
+        line a turn)."""
+        train, at, lost = self.splits["train"], list(turns), {}
+        found: list[np.ndarray | str] = [""] * len(at)
+        for _ in range(TRIES):
+            todo = [i for i, one in enumerate(found) if isinstance(one, str)]
+            numbers = [self.number(seed, at[i]) for i in todo]
+            for i, number, one in zip(todo, numbers, train.read(numbers) if numbers else ()):
+                found[i] = one
+                if isinstance(one, str):
+                    lost[at[i]] = f"image {number}: {one}"
+                    at[i] += 1
+            if not any(isinstance(one, str) for one in found):
+                return found, list(lost.values())
+        why = next(one for one in found if isinstance(one, str))
+        raise ValueError(f"{TRIES} images in turn cannot be read ({why}): see `transfusion data check images` of them")
+
+    def number(self, seed: int, turn: int) -> int:
+        """Which image of training has its turn."""
+        epoch, i = divmod(turn, len(self.splits["train"]))
+        return shuffled(i, len(self.splits["train"]), seed, 1, epoch)
 
     def centres(self, split: str, n: int) -> np.ndarray:
-        """[n or fewer, image_size, image_size, 3] uint8: the middle of images spread evenly over a split."""
+        """[n or fewer, image_size, image_size, 3] uint8: the middle of images spread evenly over a split, of those that
+        can be read."""
         images, side = self.splits[split], self.config.image_size
         found = images.read(np.linspace(0, len(images) - 1, min(n, len(images))).round().astype(int).tolist())
-        chosen = np.stack([image for image in found if not isinstance(image, str)])
-        edge = (chosen.shape[1] - side) // 2
-        return chosen[:, edge : edge + side, edge : edge + side]
+        chosen = [image for image in found if not isinstance(image, str)]
+        if not chosen:
+            return np.zeros((0, side, side, 3), np.uint8)
+        edge = (len(chosen[0]) - side) // 2
+        return np.stack(chosen)[:, edge : edge + side, edge : edge + side]
 
 
 def build_crops(config: CropConfig) -> tuple[Crops, dict[str, Report]]:

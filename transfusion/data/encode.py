@@ -8,6 +8,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +17,10 @@ import numpy as np
 
 from transfusion.codec.codec import Codec
 from transfusion.data.built import CHANGED, TarImages, images_of, read_dataset
-from transfusion.data.encoded import BLOCK, WHOLE, Kept, kept_at
+from transfusion.data.encoded import BLOCK, WHOLE, Kept, described, kept_at
 from transfusion.data.images import Size
-from transfusion.data.mapped import Growing, draft, publish, save
-from transfusion.data.storage import SHORT, UNREADABLE
+from transfusion.data.mapped import Growing, draft, fingerprint, has_length, publish, save
+from transfusion.data.storage import SHORT, UNREADABLE, has_size
 
 BATCH = 32  # images that are decoded and encoded together
 
@@ -37,22 +38,22 @@ def encode_built(
 ) -> tuple[Path, int]:
     """(the folder of the latents of a built folder, or of their `codes`; how many blocks other ranks have yet to make).
 
-    Those of this rank's blocks that are missing are encoded now. ValueError where files could not be read: their blocks
-    are not kept, and the next call encodes them."""
+    Those of this rank's blocks that are missing, or of another size than was written, are encoded now. ValueError where
+    files could not be read: their blocks are not kept, and the next call encodes them."""
     if not codec.key:
         raise ValueError(
             f"{codec.name} encodes as fast as latents are read: name another data.codec, or encode nothing"
         )
     images = every_image(folder, sizes)
     kept = kept_at(images, codec, codes)
-    if (kept.folder / WHOLE).is_file():
+    if is_whole(kept.folder):
         return kept.folder, 0
     kept.folder.mkdir(parents=True, exist_ok=True)
     write_starts(images, kept, codec)
     blocks, unread = -(-len(images) // BLOCK), []
     for b in range(rank, blocks, ranks):
         numbers, name = np.arange(b * BLOCK, min((b + 1) * BLOCK, len(images))), kept.folder / f"{b:06}"
-        if not name.with_suffix(".json").is_file():
+        if not is_encoded(name):
             unread += encode_block(images, numbers, kept, codec, name)
         print(f"encoded block {b + 1} of {blocks}, of {BLOCK} images each", flush=True)
     if unread:
@@ -65,19 +66,37 @@ def encode_built(
         raise ValueError(
             f"{len(unread)} images of {images.folder} could not be read (image {number}: {problem}): {remedy}"
         )
-    done = [kept.folder / f"{b:06}.json" for b in range(blocks)]
-    if missing := sum(not file.is_file() for file in done):
+    done = [kept.folder / f"{b:06}" for b in range(blocks)]
+    if missing := sum(not is_encoded(name) for name in done):
         return kept.folder, missing
-    broken = [one for file in done for one in json.loads(file.read_text())]
-    found = {"codec": codec.name, "codes": codes, "images": len(images), "broken": broken}
+    said = [json.loads(name.with_suffix(".json").read_text()) for name in done]
+    files = {f"{name.name}.bin": [one["bytes"], one["crc32"]] for name, one in zip(done, said)}
+    files[kept.starts.path.name] = fingerprint(kept.starts.path)
+    broken = [one for block in said for one in block["broken"]]
+    found = {"codec": codec.name, "codes": codes, "images": len(images), "broken": broken, "files": files}
     save(kept.folder / WHOLE, lambda file: file.write(json.dumps(found, indent=1).encode()))
     return kept.folder, 0
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all is there, in the sizes that were written."""
+    return (folder / WHOLE).is_file() and all(
+        has_size(folder, name, size) for name, (size, _) in described(folder)["files"].items()
+    )
+
+
+def is_encoded(name: Path) -> bool:
+    """Whether both files of a block are there, the one as large as the other says."""
+    said = name.with_suffix(".json")
+    return said.is_file() and has_size(name.parent, f"{name.name}.bin", json.loads(said.read_text())["bytes"])
 
 
 def write_starts(images: TarImages, kept: Kept, codec: Codec):
     """Where what is kept of each image begins, and, last, where it ends; ValueError where a size does not divide."""
     for size in images.sizes:
         codec.grid(size, 1)
+    if has_length(kept.starts.path, len(images) + 1):
+        return  # each process and each call would write the same, 8 bytes an image
     numbers_of = np.array([math.prod(kept.shape_of(size)) for size in images.sizes])
     new, end = draft(kept.starts.path), 0
     with Growing(new, "<i8") as starts:
@@ -107,8 +126,10 @@ def encode_block(images: TarImages, numbers: np.ndarray, kept: Kept, codec: Code
     unread = [[i, why] for i, why in sorted(broken) if why.startswith((UNREADABLE, SHORT, CHANGED))]
     if unread:  # what a store did not give is asked for again, what does not decode never will
         return unread
-    save(name.with_suffix(".bin"), lambda file: file.write(block.tobytes()))
-    save(name.with_suffix(".json"), lambda file: file.write(json.dumps(sorted(broken)).encode()))
+    data = block.tobytes()
+    said = {"bytes": len(data), "crc32": zlib.crc32(data), "broken": sorted(broken)}
+    save(name.with_suffix(".bin"), lambda file: file.write(data))
+    save(name.with_suffix(".json"), lambda file: file.write(json.dumps(said).encode()))
     return []
 
 

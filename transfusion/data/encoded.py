@@ -2,26 +2,28 @@
 
     FOLDER/latents/KEY/starts.npy     where those of each image begin; KEY = sha256(codec, sizes, dataset.json)
                        000000.bin     float32 [C, h, w], or int32 codes [h, w], of 1024 images, one behind the other
-                       000000.json    [number, why] of those that are broken
-                       latents.json   the same of all, written last: with it all are there
+                       000000.json    bytes and checksum of these, and [number, why] of those that are broken
+                       latents.json   the same of all and of starts.npy, written last: with it all are there
 
 An image that could not be encoded has NaN, or codes of -1.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from transfusion.codec.codec import Codec
 from transfusion.data.images import Size
-from transfusion.data.mapped import DATASET, Mapped
-from transfusion.data.storage import Span, read_spans
+from transfusion.data.mapped import DATASET, Mapped, fingerprint
+from transfusion.data.storage import Span, has_size, read_spans
 
 BLOCK = 1024  # images
+FORMAT = 2  # of what is kept
 WHOLE = "latents.json"
 BROKEN = "image that could not be encoded"
 
@@ -91,7 +93,7 @@ class Kept(Sequence):
 
 def kept_at(images: Numbered, codec: Codec, codes: bool) -> Kept:
     """Where the latents, or the codes, of a built folder's images lie, or will lie: of all else elsewhere."""
-    said = f"{codec.key} {codes} {[tuple(size) for size in images.sizes]}".encode()
+    said = f"{FORMAT} {codec.key} {codes} {[tuple(size) for size in images.sizes]}".encode()
     key = hashlib.sha256(said + (images.folder / DATASET).read_bytes()).hexdigest()[:20]
     folder = images.folder / "latents" / key
     return Kept(images, folder, codec.channels, codec.factor, codes, Mapped(folder / "starts.npy"))
@@ -105,4 +107,30 @@ def load_latents(images: Numbered, codec: Codec, codes: bool = False) -> Kept:
             f"the images of {images.folder} are not encoded with {codec.name}: call transfusion data encode CONFIG "
             "with this config first"
         )
+    for name, (size, _) in described(kept.folder)["files"].items():
+        if not has_size(kept.folder, name, size):
+            raise ValueError(
+                f"{kept.folder / name} is gone or has another size: call transfusion data encode CONFIG again, which "
+                "encodes it anew"
+            )
     return kept
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What latents.json says; ValueError where it is broken."""
+    try:
+        return json.loads((folder / WHOLE).read_text())
+    except ValueError:
+        raise ValueError(
+            f"{folder / WHOLE} is broken: remove it, and call transfusion data encode CONFIG again"
+        ) from None
+
+
+def spoiled(folder: Path) -> list[str]:
+    """The files of all latents of a built folder that are not those that were written, by their checksums."""
+    return [
+        str(file.relative_to(folder))
+        for whole in sorted(folder.glob(f"latents/*/{WHOLE}"))
+        for name, known in described(whole.parent).get("files", {}).items()  # {}: of format 1, which nothing reads
+        if not (file := whole.with_name(name)).is_file() or fingerprint(file) != known
+    ]

@@ -68,6 +68,14 @@ class Mapped:
         return Mapped, (self.path,)
 
 
+def has_length(file: Path, n: int) -> bool:
+    """Whether there is such a .npy, whole, of n things."""
+    try:
+        return len(Mapped(file)) == n
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def publish(new: Path, final: Path):
     """Gives a file, or a folder with all in it, its final name, once its bytes are on the disk."""
     for path in (*(new.rglob("*") if new.is_dir() else ()), new):

@@ -59,10 +59,11 @@ class Report:
 
 @dataclass
 class Lost:
-    """The documents that a run could not read since it began or went on: named in a file, counted, limited."""
+    """The documents, or images, that a run could not read since it began or went on: in a file, counted, limited."""
 
     file: Path
     most: int
+    what: str = "documents"
     count: int = 0  # of all ranks
 
     def found(self, names: list[str], of_all: int):
@@ -73,6 +74,6 @@ class Lost:
         self.count += of_all
         if self.count > self.most:
             raise ValueError(
-                f"{self.count} documents could not be read, more than data.max_lost = {self.most}: {self.file} names "
+                f"{self.count} {self.what} could not be read, more than data.max_lost = {self.most}: {self.file} names "
                 "them; mend or leave out their sources, or raise the limit"
             )

@@ -192,15 +192,23 @@ def stamp_or_none(file: Path) -> Stamp:
 def read_spans(spans: Sequence[Span]) -> list[bytes | str]:
     """The bytes of each, or why they cannot be had: files of this machine one by one, of another all at once."""
     found: list[bytes | str] = [UNREADABLE] * len(spans)
-    of_file: dict[str, list[int]] = defaultdict(list)
-    of_scheme: dict[str, list[int]] = defaultdict(list)
+    of_url: dict[str, list[int]] = defaultdict(list)
     for i, span in enumerate(spans):
-        remote = is_remote(span.url)
-        (of_scheme if remote else of_file)[span.url.partition("://")[0] if remote else span.url].append(i)
-    for read, groups in ((read_here, of_file), (read_there, of_scheme)):
-        for numbers in groups.values():
-            for i, answer in zip(numbers, read([spans[i] for i in numbers])):
+        of_url[span.url].append(i)
+    of_store: dict[Any, list[int]] = defaultdict(list)  # of some schemes each host is one of its own
+    for url, numbers in of_url.items():
+        if is_remote(url):
+            try:
+                of_store[filesystem(url)[0]] += numbers
+            except OSError as error:
+                for i in numbers:
+                    found[i] = unreadable(error)
+        else:
+            for i, answer in zip(numbers, read_here([spans[i] for i in numbers])):
                 found[i] = answer
+    for fs, numbers in of_store.items():
+        for i, answer in zip(numbers, read_there(fs, [spans[i] for i in numbers])):
+            found[i] = answer
     return found
 
 
@@ -224,15 +232,11 @@ def pread(file: int, span: Span) -> bytes | str:
         return unreadable(error)
 
 
-def read_there(spans: list[Span]) -> list[bytes | str]:
-    """The same of one store, which is asked again for what it did not give."""
-    try:
-        fs, _ = filesystem(spans[0].url)
-    except OSError as error:
-        return [unreadable(error)] * len(spans)
+def read_there(fs: Any, spans: list[Span]) -> list[bytes | str]:
+    """The same of one store, which is asked again for what it did not give, or not whole."""
     found = ask(fs, spans)
     for pause in PAUSES:
-        again = [i for i, one in enumerate(found) if isinstance(one, Exception) and not isinstance(one, FOR_GOOD)]
+        again = [i for i, one in enumerate(found) if not isinstance(one, FOR_GOOD) and not is_whole(one, spans[i])]
         if not again:
             break
         time.sleep(pause)
@@ -256,4 +260,8 @@ def unreadable(error: Exception) -> str:
 
 
 def whole(data: bytes, span: Span) -> bytes | str:
-    return data if len(data) == span.size else SHORT
+    return data if is_whole(data, span) else SHORT
+
+
+def is_whole(answer: bytes | Exception, span: Span) -> bool:
+    return not isinstance(answer, Exception) and len(answer) == span.size

@@ -20,17 +20,20 @@ from transfusion.generate import Engine
 def evaluate_captions(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: images looked at, nats per token, exact match with its interval."""
     names: dict[bytes, set[str]] = {}  # of each picture
-    for image, texts in candidates(corpus, config):
+    looked_at = list(chosen(corpus, config.n_captions, config.seed))
+    for image, texts in candidates(corpus, config, looked_at):
         names.setdefault(look(image), set()).add(texts[0])
-    for split, numbers in chosen(corpus, config.n_captions, config.seed):
-        captions, n = corpus.captions[split], len(numbers)
-        documents = [image_then_caption(corpus.special, captions.ids[i][0], corpus.image(captions, i)) for i in numbers]
+    for split, _, captions in looked_at:
+        n = len(captions)
+        documents = [
+            image_then_caption(corpus.special, own[0], corpus.image(captions, i)) for i, own in enumerate(captions.ids)
+        ]
         of_documents, n_tokens = nats(engine, documents, config.batch)
         # a caption that goes on for twice the longest is wrong already
-        enough = 2 * max(len(captions.ids[i][0]) for i in numbers) + 1
-        images = [PIL.Image.fromarray(captions.images[i]) for i in numbers]
+        enough = 2 * max(len(own[0]) for own in captions.ids) + 1
+        images = [PIL.Image.fromarray(image) for image in captions.images]
         said = engine.caption(images, max_tokens=enough, batch=config.batch)
-        hits = sum(s in names[look(captions.images[i])] for s, i in zip(said, numbers))
+        hits = sum(s in names[look(image)] for s, image in zip(said, captions.images))
         low, high = wilson(hits, n)
         yield f"captions/{split}/n", n
         yield f"captions/{split}/nats_per_token", of_documents.sum() / n_tokens.sum()

@@ -1,16 +1,18 @@
 """What an evaluation looks at: how much of which split, and how the engine draws for it.
 
-Of data of any size it looks at so much and no more: an image that cannot be read is passed over.
+Of data of any size it looks at so much and no more: an image that cannot be read is passed over, and counted.
 """
 
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from transfusion.data.documents import Corpus
+from transfusion.data.arrays import Held
+from transfusion.data.documents import Captions, Corpus, Interleaved
 from transfusion.data.images import SPLITS
 from transfusion.data.order import shuffled
 
@@ -60,13 +62,53 @@ def some(n: int, most: int, seed: int) -> list[int]:
     return sorted(shuffled(i, n, seed) for i in range(min(n, most)))
 
 
-def chosen(corpus: Corpus, n: int, seed: int) -> Iterator[tuple[str, list[int]]]:
-    """(split, numbers of at most n of its images, drawn once by seed) of each split that has any."""
+class Readable(NamedTuple):
+    """Those of some images that can be read, in memory."""
+
+    numbers: list[int]
+    images: Held
+    latents: Held | None  # where they are kept
+    why: str  # the first of the others cannot be
+
+
+def read(of: Captions | Interleaved, numbers: Sequence[int]) -> Readable:
+    """The images of these numbers, each read once: what can be read now may not be later."""
+    columns = [of.images.read(numbers), *([] if of.latents is None else [of.latents.read(numbers)])]
+    good, why = [], ""
+    for number, *found in zip(numbers, *columns, strict=True):
+        lacking = [one for one in found if isinstance(one, str)]
+        why = why or next(iter(lacking), "")
+        if not lacking:
+            good.append((number, *found))
+    kept, images, *latents = zip(*good) if good else [()] * (1 + len(columns))
+    return Readable(list(kept), Held(images), Held(latents[0]) if latents else None, why)
+
+
+def pass_over(n: int, of_all: int, what: str, why: str):
+    """Says how many could not be read."""
+    if n:
+        print(f"{n} of {of_all} {what} are passed over: {why}", file=sys.stderr, flush=True)
+
+
+class LookedAt(NamedTuple):
+    """Captioned images of a split, read once."""
+
+    split: str
+    numbers: list[int]  # among all of the split
+    captions: Captions  # of these alone
+
+
+def chosen(corpus: Corpus, n: int, seed: int) -> Iterator[LookedAt]:
+    """At most n images of each split that has any, drawn once by seed; those that cannot be read are passed over."""
     for split in SPLITS:
-        images = corpus.captions[split].images
-        numbers = some(len(images), n, seed)
-        if numbers := [i for i, image in zip(numbers, images.read(numbers)) if not isinstance(image, str)]:
-            yield split, numbers
+        captions = corpus.captions[split]
+        drawn = some(len(captions), n, seed)
+        found = read(captions, drawn)
+        pass_over(len(drawn) - len(found.numbers), len(drawn), f"images of {split}", found.why)
+        if found.numbers:
+            of_captions = (captions.texts, captions.ids, captions.names)
+            texts, ids, names = ([of[i] for i in found.numbers] for of in of_captions)
+            yield LookedAt(split, found.numbers, Captions(found.images, texts, ids, names, found.latents))
 
 
 class Candidate(NamedTuple):
@@ -76,18 +118,21 @@ class Candidate(NamedTuple):
     texts: list[str]
 
 
-def candidates(corpus: Corpus, config: EvalConfig) -> Iterator[Candidate]:
-    """All images of all splits; of more than n_candidates those that are looked at, and so many drawn by seed."""
+def candidates(corpus: Corpus, config: EvalConfig, looked_at: Sequence[LookedAt]) -> Iterator[Candidate]:
+    """All images of all splits that can be read; of more than n_candidates so many drawn by seed, and those that are
+    looked at."""
     sizes = [len(corpus.captions[split]) for split in SPLITS]
-    looked_at = dict(chosen(corpus, config.n_captions, config.seed)) if sum(sizes) > config.n_candidates else {}
     drawn, first = np.array(some(sum(sizes), config.n_candidates, config.seed), np.int64), 0
+    read_before = {of.split: dict(zip(of.numbers, of.captions.images)) for of in looked_at}
     for split, size in zip(SPLITS, sizes):
         captions, own = corpus.captions[split], drawn[(drawn >= first) & (drawn < first + size)] - first
-        numbers, first = sorted({*own.tolist(), *looked_at.get(split, [])}), first + size
+        held, first = read_before.get(split, {}), first + size
+        numbers = sorted({*own.tolist(), *held})
         for at in range(0, len(numbers), AT_ONCE):
             part = numbers[at : at + AT_ONCE]
-            found = zip(part, captions.images.read(part))
-            yield from (Candidate(image, captions.texts[i]) for i, image in found if not isinstance(image, str))
+            rest = [i for i in part if i not in held]
+            found = held | dict(zip(rest, captions.images.read(rest)))
+            yield from (Candidate(found[i], captions.texts[i]) for i in part if not isinstance(found[i], str))
 
 
 def look(image: np.ndarray) -> bytes:

@@ -64,10 +64,10 @@ def derangement(n: int, seed: int) -> np.ndarray:
 
 def evaluate_denoising(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: the loss, its mean at each t, and the conditioning gap with its interval."""
-    for split, numbers in chosen(corpus, config.n_images, config.seed):
-        captions, n = corpus.captions[split], len(numbers)
-        images = [corpus.image(captions, i) for i in numbers]
-        texts = [captions.ids[i][0] for i in numbers]
+    for split, numbers, captions in chosen(corpus, config.n_images, config.seed):
+        n = len(numbers)
+        images = [corpus.image(captions, i) for i in range(n)]
+        texts = [own[0] for own in captions.ids]
         documents = [caption_then_image(corpus.special, text, image) for text, image in zip(texts, images)]
         right = errors(engine, documents, numbers, config)
         yield f"denoising/{split}/n", n

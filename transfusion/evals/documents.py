@@ -6,11 +6,12 @@ What their images would be drawn like: evals/editing.py, where a document ends w
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from transfusion.data.documents import Corpus, Document
-from transfusion.evals.config import EvalConfig, some
+from transfusion.data.documents import Corpus, Document, Interleaved, Placed
+from transfusion.evals.config import EvalConfig, pass_over, read, some
 from transfusion.evals.score import nats
 from transfusion.generate import Engine
 from transfusion.sequence import Segment, Text
@@ -29,9 +30,19 @@ def by_split(corpus: Corpus) -> dict[str, list[Document]]:
     return found
 
 
-def some_of(documents: list[Document], n: int, seed: int) -> list[Document]:
-    """At most n of them, drawn once by seed, in their order."""
-    return [documents[i] for i in some(len(documents), n, seed)]
+def some_of(corpus: Corpus, documents: list[Document], n: int, seed: int) -> tuple[Corpus, list[Document]]:
+    """(the corpus with the images of these alone, in memory; at most n of its documents, drawn once by seed, in their
+    order; one with an image that cannot be read is passed over)."""
+    drawn = [documents[i] for i in some(len(documents), n, seed)]
+    found = read(corpus.interleaved, sorted({s.number for d in drawn for s in d.segments if isinstance(s, Placed)}))
+    at = {number: i for i, number in enumerate(found.numbers)}
+    good = [
+        d._replace(segments=[s._replace(number=at[s.number]) if isinstance(s, Placed) else s for s in d.segments])
+        for d in drawn
+        if all(s.number in at for s in d.segments if isinstance(s, Placed))
+    ]
+    pass_over(len(drawn) - len(good), len(drawn), "documents", found.why)
+    return replace(corpus, interleaved=Interleaved(found.images, {}, found.latents)), good
 
 
 def given(corpus: Corpus, document: Document) -> list[Segment]:
@@ -45,8 +56,8 @@ def evaluate_documents(engine: Engine, corpus: Corpus, config: EvalConfig) -> It
     """(name, value) for each split: documents looked at, nats per token; those without a text to learn are left out."""
     for split, documents in by_split(corpus).items():
         told = [d for d in documents if any(isinstance(s, Text) and s.learn for s in d.segments)]
-        looked_at = some_of(told, config.n_captions, config.seed)
+        held, looked_at = some_of(corpus, told, config.n_captions, config.seed)
         if looked_at:
-            of_documents, n_tokens = nats(engine, [given(corpus, d) for d in looked_at], config.batch)
+            of_documents, n_tokens = nats(engine, [given(held, d) for d in looked_at], config.batch)
             yield f"documents/{split}/n", len(looked_at)
             yield f"documents/{split}/nats_per_token", of_documents.sum() / n_tokens.sum()

@@ -83,7 +83,8 @@ def of_one_size(images: Sequence[np.ndarray], size: Size) -> np.ndarray:
 
 def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: top-k with its interval in each space, and chance."""
-    everything = list(candidates(corpus, config))
+    looked_at = list(chosen(corpus, config.n_captions, config.seed))
+    everything = list(candidates(corpus, config, looked_at))
     if not everything:
         return
     size = corpus.config.sizes[0]
@@ -92,15 +93,14 @@ def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
     if config.features and config.n_captions:
         spaces["feature"] = efficientnet(config.features, engine.device)
     real_in = {space: embed(real) for space, embed in spaces.items()}
-    for split, numbers in chosen(corpus, config.n_captions, config.seed):
-        captions, n = corpus.captions[split], len(numbers)
-        texts = [captions.texts[i][0] for i in numbers]
+    for split, _, captions in looked_at:
+        n, texts = len(captions), [own[0] for own in captions.texts]
         drawn, right = of_one_size(draw(engine, texts, config), size), carriers(everything, texts)
         yield f"drawing/{split}/n", n
         for space, embed in spaces.items():
             embedded = embed(drawn)
             if space == "feature" and n > 1:
-                wanted = embed(of_one_size([captions.images[i] for i in numbers], size))
+                wanted = embed(of_one_size(captions.images, size))
                 yield f"drawing/{split}/fd_effnet", frechet_distance(embedded, wanted)
             rank = ranks(squared_distances(embedded, real_in[space]), right)
             for k in TOP:
@@ -114,5 +114,5 @@ def evaluate_drawing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
         if config.sheets:
             path = Path(config.sheets) / f"drawn_{split}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            items = [(text, [picture, captions.images[i]]) for text, picture, i in zip(texts, drawn, numbers)]
+            items = [(text, pair) for text, *pair in zip(texts, drawn, captions.images)]
             contact_sheet(items, columns=8, title=f"{split}: drawn, real").save(path)

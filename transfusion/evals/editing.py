@@ -59,13 +59,12 @@ def mse(a: np.ndarray, b: np.ndarray) -> float:
 
 def evaluate_editing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
     """(name, value) for each split: edits looked at, mse, that of the source, and colour and overlap where known."""
-    images = corpus.interleaved.images
     for split, documents in edits(corpus).items():
-        looked_at = some_of(documents, config.n_edits, config.seed)
-        n = len(looked_at)
+        held, looked_at = some_of(corpus, documents, config.n_edits, config.seed)
+        n, images = len(looked_at), held.interleaved.images
         if not n:
             continue
-        drawn = draw_last(engine, corpus, looked_at, config)
+        drawn = draw_last(engine, held, looked_at, config)
         of_document = [[images[s.number] for s in d.segments if isinstance(s, Placed)] for d in looked_at]
         errors = [mse(d, real[-1]) for d, real in zip(drawn, of_document)]
         copied = [mse(real[-2], real[-1]) for real in of_document if real[-2].shape == real[-1].shape]
@@ -85,5 +84,5 @@ def evaluate_editing(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iter
         if config.sheets:
             path = Path(config.sheets) / f"edited_{split}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            items = sheet_items(engine, corpus, looked_at, drawn)
+            items = sheet_items(engine, held, looked_at, drawn)
             contact_sheet(items, columns=4, title=f"{split}: given, drawn, wanted").save(path)

@@ -9,6 +9,7 @@ import torch
 
 from transfusion.codec.codec import Codec
 from transfusion.data.crops import Crops
+from transfusion.evals.config import pass_over
 from transfusion.evals.features import efficientnet
 from transfusion.evals.frechet import frechet_distance
 from transfusion.evals.similarity import psnr, ssim
@@ -40,6 +41,10 @@ def numbers(codec: Codec, crops: Crops, config: CodecEvalConfig, device: str) ->
     features = efficientnet(config.features, device) if config.features else None
     for split in crops.splits:
         originals = crops.centres(split, config.n_images)
+        wanted = min(config.n_images, len(crops.splits[split]))
+        pass_over(wanted - len(originals), wanted, f"images of {split}", "they cannot be read")
+        if not len(originals):
+            continue
         latents = codec.encode(originals)
         made = codec.decode(latents)
         yield f"{split}/n", len(originals)

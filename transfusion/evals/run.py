@@ -74,14 +74,12 @@ LABELS = {
 SHARES = ("exact_match", "top1", "top5", "codes_used", "colour")  # a name that ends so is shown in percent
 
 
-def evaluate(engine: Engine, corpus: Corpus, config: EvalConfig) -> dict[str, float]:
-    """All numbers by group/split/name, in the order of the evaluators; what the data lacks is absent."""
-    results: dict[str, float] = {}
+def evaluate(engine: Engine, corpus: Corpus, config: EvalConfig) -> Iterator[tuple[str, float]]:
+    """(group/split/name, value) of all, as they are found; what the data lacks is absent."""
     for name, evaluator in EVALUATORS.items():
         start = time.perf_counter()
-        results.update(evaluator(engine, corpus, config))
+        yield from evaluator(engine, corpus, config)
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    return results
 
 
 def table(results: dict[str, float]) -> str:
