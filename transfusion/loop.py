@@ -106,7 +106,7 @@ def run_steps(
     bad_in_a_row, done, counts, waited = 0, t.step, Counter(), 0.0
     folder = Run(run, t.step, c.steps, resolved, config.metrics.wandb_project)
     metrics = config.metrics if ranks.leads else replace(config.metrics, sinks=())
-    with open_metrics(metrics, folder) as log, stop_signals(ranks.mesh is not None) as stopped, settled(t):
+    with stop_signals(ranks.mesh is not None) as stopped, open_metrics(metrics, folder) as log, settled(t):
         asked = time.perf_counter()
         for step, batch in enumerate(batches, t.step):
             waited += time.perf_counter() - asked

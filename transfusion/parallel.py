@@ -18,6 +18,7 @@ PyTorch FSDP: Zhao et al. 2023, arXiv 2304.11277.
 import faulthandler
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -221,6 +222,7 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         yield ranks
         ranks.wait()
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another has left: this one has yet to say why
         with suppress(dist.DistError):  # where the store is gone the others know
             if first := store.compare_set(FAILED, "", f"rank {rank}: {error}").decode():
                 if not first.startswith(f"rank {rank}: ") and not isinstance(error, ValueError | OSError):
