@@ -1,6 +1,6 @@
 """Data on disk: how fast it is built, read in any order, and fed to a training, by one core; what its workers hold.
 
-    python bench/shards.py --images 5000 --out bench/results/2026-11-23-shards.json
+    python bench/shards.py --images 20000 --copies 1 --out FILE.json
 
 emoji     the shipped drawings as PNGs in tars, read at 64 pixels
 photos    so many synthetic JPEGs of 256 pixels in tars, of about the bytes of photos, read at 256 pixels

@@ -19,7 +19,7 @@ from transfusion.diffusion.objective import DiffusionConfig
 from transfusion.diffusion.schedule import cosine
 from transfusion.evals import drawing
 from transfusion.evals.captions import evaluate_captions
-from transfusion.evals.config import PERMUTED, candidates, chosen
+from transfusion.evals.chosen import PERMUTED, candidates, chosen
 from transfusion.evals.denoising import denoising_errors, derangement, evaluate_denoising, fixed_noise
 from transfusion.evals.documents import evaluate_documents
 from transfusion.evals.drawing import carriers, chance, evaluate_drawing, ranks, squared_distances

@@ -26,6 +26,7 @@ from transfusion.optim import init_ema, set_lr, update_ema
 from transfusion.parallel import ALONE, Ranks
 
 NO_SHEETS = "train.sample_every=0 asks for none"
+NO_ROOM = f"no sheet is drawn, as memory does not suffice beside the training ({{}}): {NO_SHEETS}"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -158,14 +159,14 @@ def run_steps(
 
 
 @contextmanager
-def optional(what: str) -> Iterator[None]:
-    """Where memory or the disk does not suffice for the block, that is said, and training goes on."""
+def optional_sheet() -> Iterator[None]:
+    """Where there is no room for the sheet that is drawn inside, or no writing it, that is said, and no more."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        print(f"no {what} is drawn, as memory does not suffice beside the training ({error}): {NO_SHEETS}")
+        print(NO_ROOM.format(error))
     except OSError as error:
-        print(f"no {what} is drawn, as it cannot be written ({error}): mend that, or {NO_SHEETS}")
+        print(f"no sheet is drawn, as it cannot be written ({error}): mend that, or {NO_SHEETS}")
 
 
 def save(run: Path, training: Training, state: dict, c: Any, ranks: Ranks):

@@ -31,7 +31,7 @@ from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.flops import count_packed
 from transfusion.generate import Engine
 from transfusion.llama import is_llama
-from transfusion.loop import Step, find_checkpoint, optional, restore, run_steps, start
+from transfusion.loop import NO_ROOM, Step, find_checkpoint, optional_sheet, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.float8 import use_float8
 from transfusion.model.precision import empty_at_precision
@@ -160,7 +160,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     def sample(path: Path):
         with whole(model, training.ema, config, ranks) as drawing:
             if drawing is not None:
-                with optional("sheet"):
+                with optional_sheet():
                     draw_samples(drawing, tokenizer, config, corpus, path)
 
     workers, pinned = config.data.workers, device.type == "cuda"
@@ -205,8 +205,7 @@ def whole(
         drawing, lacks = None, True
         print(f"rank {ranks.rank}: {error}", file=sys.stderr)
     if ranks.most(lacks)[0]:  # known to all before they gather, as none may leave that halfway
-        with optional("sheet"):
-            raise torch.OutOfMemoryError("a rank has no room to gather the model")
+        print(NO_ROOM.format("a rank has no room to gather the model"))
         yield None
         return
     gather(held, drawing)

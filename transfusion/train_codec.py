@@ -24,7 +24,7 @@ from transfusion.codec.load import find_codec
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients, reconstruct
 from transfusion.data.crops import CropConfig, Crops, build_crops
 from transfusion.data.report import Lost
-from transfusion.loop import Step, find_checkpoint, optional, restore, run_steps, start
+from transfusion.loop import Step, find_checkpoint, optional_sheet, restore, run_steps, start
 from transfusion.metrics import MetricsConfig
 from transfusion.optim import OptimConfig, averaged, build_optimizers, clip_gradients
 from transfusion.run import PRECISIONS, pick_device, uses_bf16
@@ -134,7 +134,7 @@ def train_codec(config: CodecRunConfig, run: Path, resume: bool = False) -> Path
         return Step(norm, {"images": len(images)}, numbers)
 
     def sample(path: Path):
-        with averaged(networks, training.ema), optional("sheet"):
+        with averaged(networks, training.ema), optional_sheet():
             draw_samples(networks.autoencoder, crops, autocast, path)
 
     def batches() -> Iterator[np.ndarray]:

@@ -222,7 +222,8 @@ class Steps(IterableDataset):
 
 
 def begin_worker(worker: int):
-    """A Ctrl-C reaches the workers too, but the training process still wants their batches: they end when it does."""
+    """Makes a process a worker, which keeps its memory, and which no signal ends: a Ctrl-C reaches the workers too,
+    but the training process still wants their batches; they end when it does."""
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(s, signal.SIG_IGN)
     keep_memory()

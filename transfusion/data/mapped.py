@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from transfusion.checkpoint import sync
+
 CHUNK = 1 << 24  # bytes that are in memory at a time
 FORMAT = 2  # of what is built
 DATASET = "dataset.json"  # beside the arrays of a data set; written last, it says that they are whole
@@ -82,15 +84,6 @@ def publish(new: Path, final: Path):
         sync(path)
     os.replace(new, final)
     sync(final.parent)
-
-
-def sync(path: Path):
-    """Returns once a file, or the list of names that a folder is, is on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def draft(file: Path) -> Path:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import PIL.Image
 
 from transfusion.data.documents import Corpus, image_then_caption
-from transfusion.evals.config import EvalConfig, candidates, chosen, look
+from transfusion.evals.chosen import candidates, chosen, look
+from transfusion.evals.config import EvalConfig
 from transfusion.evals.interval import wilson
 from transfusion.evals.score import nats
 from transfusion.generate import Engine

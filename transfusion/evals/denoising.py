@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from transfusion.data.documents import Corpus, caption_then_image
-from transfusion.evals.config import EvalConfig, chosen
+from transfusion.evals.chosen import chosen
+from transfusion.evals.config import EvalConfig
 from transfusion.evals.interval import normal
 from transfusion.evals.score import batches, forward, is_code, nats
 from transfusion.generate import Engine

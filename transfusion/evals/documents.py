@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from transfusion.data.documents import Corpus, Document, Interleaved, Placed
-from transfusion.evals.config import EvalConfig, pass_over, read, some
+from transfusion.evals.chosen import pass_over, read, some
+from transfusion.evals.config import EvalConfig
 from transfusion.evals.score import nats
 from transfusion.generate import Engine
 from transfusion.sequence import Segment, Text

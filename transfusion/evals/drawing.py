@@ -21,7 +21,8 @@ from torch import Tensor
 
 from transfusion.data.documents import Corpus
 from transfusion.data.images import Size
-from transfusion.evals.config import Candidate, EvalConfig, candidates, chosen, look
+from transfusion.evals.chosen import Candidate, candidates, chosen, look
+from transfusion.evals.config import EvalConfig
 from transfusion.evals.features import efficientnet
 from transfusion.evals.frechet import frechet_distance
 from transfusion.evals.interval import wilson

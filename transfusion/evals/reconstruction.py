@@ -9,7 +9,7 @@ import torch
 
 from transfusion.codec.codec import Codec
 from transfusion.data.crops import Crops
-from transfusion.evals.config import pass_over
+from transfusion.evals.chosen import pass_over
 from transfusion.evals.features import efficientnet
 from transfusion.evals.frechet import frechet_distance
 from transfusion.evals.similarity import psnr, ssim
