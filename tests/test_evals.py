@@ -511,7 +511,7 @@ def test_of_many_images_some_stand_for_all_those_looked_at_among_them(monkeypatc
     assert every == [image.tobytes() for image in all_images(corpus)]
     config = EvalConfig(n_captions=4, n_candidates=12)
     for listed in (PERMUTED, 5):  # by a permutation, and without one
-        monkeypatch.setattr("transfusion.evals.config.PERMUTED", listed)
+        monkeypatch.setattr("transfusion.evals.chosen.PERMUTED", listed)
         own = list(chosen(corpus, 4, 0))
         some_of_all = [c.image.tobytes() for c in candidates(corpus, config, own)]
         assert some_of_all == [image for image in every if image in some_of_all] and 12 <= len(some_of_all) <= 12 + 10
