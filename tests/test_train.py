@@ -458,3 +458,5 @@ def test_documents_that_cannot_be_read_are_named_and_too_many_stop_the_run(tiny,
     assert records(tmp_path / "some")[-1]["lost"] == len(names)
     with pytest.raises(ValueError, match=r"3 documents could not be read, more than data.max_lost = 2: .*lost.txt"):
         train(replace(tiny, data=replace(tiny.data, max_lost=2)), tmp_path / "many")
+    with pytest.raises(ValueError, match=r"data.max_lost = -1: a number of documents, at least 0"):
+        train(replace(tiny, data=replace(tiny.data, max_lost=-1)), tmp_path / "less than none")

@@ -8,15 +8,15 @@ Defaults are the paper's (section 3.2): AdamW, betas .9 / .95, eps 1e-8, weight 
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transfusion.model.paths import is_adapter, text_twin
+from transfusion.muon import SpreadMuon
 
 OPTIMIZERS = ("adamw", "muon")
 FREEZABLE = ("text", "image", "patches")
@@ -90,13 +90,8 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
         raise ValueError(f"optim.freeze = {list(parts)} leaves nothing to train: take one of them out")
 
 
-def build_optimizers(
-    model: nn.Module, config: OptimConfig, muon_type: Callable[..., Any] = torch.optim.Muon
-) -> list[torch.optim.Optimizer]:
-    """AdamW, or [Muon, AdamW]; each trainable parameter is in one group, those of 2 or more dimensions decay.
-
-    `muon_type` stands for torch's where matrices are spread over ranks (parallel.py).
-    """
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, or [Muon, AdamW]; each trainable parameter is in one group, those of 2 or more dimensions decay."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [(name, p) for name, p in named if config.name == "muon" and is_layer_matrix(name, p)]
     taken = {name for name, _ in muon}
@@ -111,6 +106,7 @@ def build_optimizers(
         if not muon:
             raise ValueError("optim.name = muon, but no matrix of the layers trains: set optim.name=adamw")
         lr = config.muon_lr or config.lr
+        muon_type = SpreadMuon if hasattr(muon[0][1], "device_mesh") else torch.optim.Muon  # of DTensors, of Tensors
         optimizers += [muon_type(muon, lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
     if groups:
         # One kernel for all parameters; where torch has none for the device, it picks its own loop (fused=None).

@@ -38,7 +38,7 @@ from transfusion.model.precision import empty_at_precision
 from transfusion.model.recompute import recompute
 from transfusion.model.transformer import Transfusion, build_model
 from transfusion.optim import averaged, build_optimizers, clip_gradients, freeze, trained
-from transfusion.parallel import Muon, Ranks, gather, join, room, scatter, shard
+from transfusion.parallel import Ranks, gather, join, room, scatter, shard
 from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import (
     RunConfig,
@@ -77,7 +77,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
     check_compile(config.train, device.type)
-    micro_batches(config.train.rows, config.train.micro_batch, ranks.rows[1])  # or they are refused before all else
+    at_once = micro_batches(config.train.rows, config.train.micro_batch, ranks.rows[1])  # refused before all else
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
@@ -96,6 +96,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     )
 
     c = config.train
+    print(f"a step: {c.rows} rows of {c.seq_len} positions, of each rank {at_once[0]} x {at_once[1]} at once")
     model = build_model(config.model, "meta" if ranks.mesh else device)
     freeze(model, config.optim.freeze)
     if config.optim.freeze:
@@ -108,8 +109,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
         model.compile_layers()
     if ranks.mesh:
         shard(model, ranks, bf16)
-    muon = Muon if ranks.mesh else torch.optim.Muon
-    optimizers = build_optimizers(model, config.optim, muon)
+    optimizers = build_optimizers(model, config.optim)
     state = checkpoint.read_state(found) if found else {}
     since = (state["step"], state["data"]) if found else None
     packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.micro_batch, *ranks.rows, since)
@@ -124,7 +124,7 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
             steps = max(1, int(60 * c.minutes / seconds))
             print(f"{seconds:.3f} s a step: {steps} steps in {c.minutes:g} minutes")
             config = replace(config, train=replace(c, steps=steps))
-            optimizers = build_optimizers(model, config.optim, muon)
+            optimizers = build_optimizers(model, config.optim)
             with redirect_stdout(None):  # it has said what there is to say
                 fresh(model, config, tokenizer, ranks)
         training = start(model, optimizers, config)

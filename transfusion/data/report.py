@@ -66,6 +66,10 @@ class Lost:
     what: str = "documents"
     count: int = 0  # of all ranks
 
+    def __post_init__(self):
+        if self.most < 0:
+            raise ValueError(f"data.max_lost = {self.most}: a number of {self.what}, at least 0")
+
     def found(self, names: list[str], of_all: int):
         """Takes note of a step's, and of how many all ranks have; ValueError, on all of them, beyond the limit."""
         if names:
