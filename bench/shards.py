@@ -38,6 +38,7 @@ from transfusion.config import load_config
 from transfusion.data.build import build
 from transfusion.data.built import load_built_images, load_built_text
 from transfusion.data.images import load_images
+from transfusion.data.storage import filesystem
 from transfusion.data.tars import TarWriter
 from transfusion.data.text import load_text
 from transfusion.data.windows import Stream
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--steps", type=int, default=200, help="that they feed at least; more where an epoch has more")
     parser.add_argument("--out", type=Path, help="write the numbers here too")
     args = parser.parse_args(argv)
+    filesystem("http://127.0.0.1")  # what `remote` wants is missed now, not in minutes
     shipped, _ = load_images("emoji", 64)
     rng, how = np.random.default_rng(0), (args.workers, args.steps)
     with tempfile.TemporaryDirectory() as name:
