@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class SpreadMuon:
-    """In place of torch.optim.Muon where weights are DTensors, of the same `state_dict`, by the names of parameters."""
+class Muon:
+    """In place of torch.optim.Muon for DTensors: of the same name and `state_dict`, which checkpoints know it by."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: float, **options):
         mesh = named[0][1].device_mesh

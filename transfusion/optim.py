@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion.model.paths import is_adapter, text_twin
-from transfusion.muon import SpreadMuon
+from transfusion.muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
 FREEZABLE = ("text", "image", "patches")
@@ -106,7 +106,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         if not muon:
             raise ValueError("optim.name = muon, but no matrix of the layers trains: set optim.name=adamw")
         lr = config.muon_lr or config.lr
-        muon_type = SpreadMuon if hasattr(muon[0][1], "device_mesh") else torch.optim.Muon  # of DTensors, of Tensors
+        muon_type = Muon if hasattr(muon[0][1], "device_mesh") else torch.optim.Muon  # of DTensors, of Tensors
         optimizers += [muon_type(muon, lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
     if groups:
         # One kernel for all parameters; where torch has none for the device, it picks its own loop (fused=None).
