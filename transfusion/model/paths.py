@@ -148,7 +148,9 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, path: int) -> Tensor:
         own = path == IMAGE and self.image_weight is not None
-        return F.rms_norm(x, x.shape[-1:], self.image_weight if own else self.weight, self.eps)
+        weight = self.image_weight if own else self.weight
+        weight = weight.to(torch.promote_types(weight.dtype, x.dtype))  # ranks gather it in bfloat16; torch's kernel
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)  # wants one type
 
 
 def text_twin(name: str) -> str | None:
