@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several machines without a scheduler: the same command on each of them, at about the same time.
 #
-#     NODES=4 HEAD=10.0.0.1 launch/nodes.sh configs/paper-7b-linear.toml out=/shared/runs/7b ...
+#     NODES=4 HEAD=10.0.0.1 launch/nodes.sh configs/paper-7b-linear.toml out=/shared/runs/7b data.tokenizer=FILE ...
 #
 # HEAD is one of the machines, by an address that all of them reach at PORT; ID tells this run from others there. The
 # run's folder, the data and the cache (TRANSFUSION_CACHE) are to be on storage that all of them share. Where a rank or

@@ -222,10 +222,11 @@ def test_a_tokenizer_made_by_tokenize_serves_a_training(config, tmp_path, capsys
 
 
 @pytest.mark.parametrize("name", ["run", "checkpoint"])
-def test_an_exported_folder_draws_what_the_run_draws(name, trained, tmp_path):
+def test_an_exported_folder_draws_what_the_run_draws(name, trained, tmp_path, capsys):
     model = trained if name == "run" else latest_checkpoint(trained / "checkpoints")
     folder = tmp_path / "shared" / "tiny"
     assert main(["export", str(model), str(folder), "--dtype", "fp32", "--license", "cc0-1.0"]) == 0
+    assert f"transfusion generate {folder} " in capsys.readouterr().out
     for source, out in ((trained, "a"), (folder, "b")):
         assert main(["generate", str(source), "red bar", "--out", str(tmp_path / out)]) == 0
     assert np.array_equal(pixels(tmp_path / "a" / "red-bar.png"), pixels(tmp_path / "b" / "red-bar.png"))

@@ -333,7 +333,9 @@ def test_any_step_of_a_source_of_any_size_is_there_from_a_standing_start():
 
 
 def test_rows_that_do_not_part_among_the_ranks_are_refused_with_a_number_that_does():
-    with pytest.raises(ValueError, match=r"train.rows = 4 .* 3 ranks: make train.rows a multiple of 3"):
+    with pytest.raises(
+        ValueError, match=r"train.rows = 4 .* 3 ranks: start a number that divides them, .* a multiple of 3"
+    ):
         replace(PACKER, ranks=3)
 
 

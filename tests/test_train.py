@@ -150,10 +150,13 @@ def test_micro_batches_train_as_the_whole_batch_does(tiny, tmp_path):
             assert b == pytest.approx(a, rel=1e-3)
 
 
-def test_a_finished_run_that_is_resumed_does_nothing(tiny, tmp_path):
+def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(tiny, tmp_path, capsys):
     saved = train(tiny, tmp_path)
-    before = records(tmp_path)
-    assert train(tiny, tmp_path, resume=True) == saved
+    before, n = records(tmp_path), tiny.train.steps
+    assert "nothing is left" not in capsys.readouterr().out
+    for steps in (n, n - 1):
+        assert train(with_train(tiny, steps=steps), tmp_path, resume=True) == saved
+        assert f"nothing is left to do: {n} steps are done of {steps}" in capsys.readouterr().out
     assert records(tmp_path) == before
 
 
@@ -335,6 +338,14 @@ def test_a_number_of_steps_wins_over_minutes(tiny, tmp_path):
     assert read_state(train(with_train(tiny, minutes=60.0, steps=2), tmp_path))["step"] == 2
     with pytest.raises(ValueError, match="one of them must be above 0"):
         with_train(tiny, minutes=0.0, steps=0)
+
+
+def test_a_vocabulary_that_the_tokenizer_never_uses_is_refused(tiny, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"vocab_size = 32000, and only \d+ tokens are ever used: name the data.tokenizer"
+    ):
+        train(replace(tiny, model=replace(tiny.model, vocab_size=32000)), tmp_path)
+    assert not list(tmp_path.iterdir()), "before anything is written"
 
 
 def test_a_run_is_not_resumed_with_other_tokens(tiny, tmp_path):

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
@@ -311,21 +311,25 @@ def types(optimizers: list[torch.optim.Optimizer]) -> list[str]:
 
 def kept_of(optimizer: torch.optim.Optimizer, stored: dict[str, Kind], path: Path) -> dict[str, dict[str, Tensor]]:
     """Room, by parameter, for what the optimizer has kept of it, sharded as the parameter is."""
-    keys: dict[str, list[str]] = {name: [] for name, _ in named(optimizer)}
-    for key in stored:
-        name = key.removeprefix(OPTIMIZER).rpartition(".")[0]
-        if key.startswith(OPTIMIZER) and name in keys:
-            keys[name].append(key)
-    room = {}
+    room, there = {}, by_parameter(stored)
     for name, p in named(optimizer):
         room[name] = {}
-        for key in keys[name]:
+        for key in there.get(name, ()):
             shape, dtype = stored[key]
             whole = shape == tuple(p.shape)
             room[name][key] = torch.zeros_like(p, dtype=dtype).detach() if whole else torch.zeros(shape, dtype=dtype)
             if not whole and shape:
                 raise ValueError(f"{path} does not fit this run: {key} is {shape} there, {name} {tuple(p.shape)} here")
     return room
+
+
+def by_parameter(stored: Iterable[str]) -> dict[str, list[str]]:
+    """The names under which optimizers' state is stored, by the parameter's."""
+    found: dict[str, list[str]] = {}
+    for key in stored:
+        if key.startswith(OPTIMIZER):
+            found.setdefault(key.removeprefix(OPTIMIZER).rpartition(".")[0], []).append(key)
+    return found
 
 
 def same_optimizers(
@@ -335,6 +339,5 @@ def same_optimizers(
     there, here = state["optimizers"], types(optimizers)
     if there != here:
         raise ValueError(f"{path} is of {' + '.join(there)}, this run has {' + '.join(here)}")
-    moved = {key.removeprefix(OPTIMIZER).rpartition(".")[0] for key in stored if key.startswith(OPTIMIZER)}
-    if not moved <= set(trained_names(model)):
+    if not by_parameter(stored).keys() <= set(trained_names(model)):
         raise ValueError(f"{path}: {' + '.join(here)} moved other parameters there than in this run: see optim.freeze")

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"transfusion {args.command}: {error}", file=sys.stderr)
+        words = [args.command, *filter(None, [getattr(args, "action", "")])]
+        print(f"transfusion {' '.join(words)}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count a program that Ctrl-C ended

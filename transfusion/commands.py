@@ -33,7 +33,7 @@ from transfusion.generate import Answer, Engine
 from transfusion.hub import HUB, client, push
 from transfusion.llama import is_llama
 from transfusion.plan import plan, plan_cluster
-from transfusion.pretrained import load
+from transfusion.pretrained import TOKENIZER, load
 from transfusion.run import PRECISIONS, RunConfig, SampleConfig, pick_device, resolve
 from transfusion.shards import leads
 from transfusion.tokenizer import train_tokenizer
@@ -76,9 +76,18 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
             help="e.g. out=runs/mine data.images=my/folder train.steps=500; without out: runs/NAME OF THE CONFIG",
         )
 
+    def with_out(p: argparse.ArgumentParser):
+        p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+
+    def with_json(p: argparse.ArgumentParser):
+        p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+
+    def with_device(p: argparse.ArgumentParser):
+        p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
+
     def with_model(p: argparse.ArgumentParser):
         p.add_argument("model", metavar="RUN", help=RUN_HELP)
-        p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
+        with_device(p)
         p.add_argument("--precision", choices=PRECISIONS, default="", help="of its products; default: the run's own")
         p.add_argument("--compile", action="store_true", help="minutes in the first answers, faster ones from then on")
 
@@ -94,13 +103,10 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
                 p.add_argument(flag, dest=field.name, **kind, help=f"{SAMPLING[field.name]}; default: the run's own")
         p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result; default 0")
 
-    p = command("train", run_train)
-    with_config(p)
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-
-    p = command("train-codec", run_train_codec)
-    with_config(p)
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    for name, run in (("train", run_train), ("train-codec", run_train_codec)):
+        p = command(name, run)
+        with_config(p)
+        p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
 
     p = command("generate", run_generate)
     with_model(p)
@@ -112,7 +118,7 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
         default=[],
         help="a picture file that stands before each prompt; again: more",
     )
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+    with_out(p)
     p.add_argument(
         "--mode", choices=("draw", "text", "auto"), default="draw", help="draw an image (default), write text, or both"
     )
@@ -130,7 +136,7 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     with_model(p)
     p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
     p.add_argument("instructions", nargs="+", metavar="INSTRUCTION", help='e.g. "make it green"; one drawing each')
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+    with_out(p)
     with_sampling(p, *DRAWING, "image_guidance")
 
     p = command("inpaint", run_inpaint)
@@ -138,12 +144,12 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
     p.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
     p.add_argument("mask", type=Path, metavar="MASK", help="a picture file: white = draw anew, black = keep")
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the whole image shows; one drawing each")
-    p.add_argument("--out", type=Path, default=Path("."), help="folder for the images; default: here")
+    with_out(p)
     with_sampling(p, *DRAWING)
 
     p = command("eval", run_eval)
     with_model(p)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    with_json(p)
     p.add_argument(
         "overrides",
         nargs="*",
@@ -153,8 +159,8 @@ def declare(parsers: Mapping[str, argparse.ArgumentParser]):
 
     p = command("eval-codec", run_eval_codec)
     p.add_argument("codec", metavar="CODEC", help=CODEC_HELP)
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first that is there")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+    with_device(p)
+    with_json(p)
     p.add_argument(
         "overrides",
         nargs="*",
@@ -226,7 +232,8 @@ def run_train(args):
     with nullcontext() if leads() else redirect_stdout(None):  # of many ranks one says what there is to say
         print(f"run folder: {run}")
         saved = train(config, run, args.resume)
-        print(f'saved {saved}\ntry:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
+        print(f"newest checkpoint: {saved}")
+        print(f'try:  transfusion generate {run} "a red apple"\n      transfusion eval {run}')
 
 
 def run_train_codec(args):
@@ -236,7 +243,8 @@ def run_train_codec(args):
     run = Path(config.out or Path("runs") / Path(args.config).stem)
     print(f"run folder: {run}")
     saved = train_codec(config, run, args.resume)
-    print(f"saved {saved}\ntry:  transfusion eval-codec {run}\n      transfusion train CONFIG data.codec={run}")
+    print(f"newest checkpoint: {saved}")
+    print(f"try:  transfusion eval-codec {run}\n      transfusion train CONFIG data.codec={run}")
 
 
 def engine_of(args) -> Engine:
@@ -286,12 +294,12 @@ def run_caption(args):
 
 def run_eval(args):
     engine = engine_of(args)
-    of_data = [text for text in args.overrides if text.startswith("data.")]
+    of_data, others = of_data_or_not(args.overrides)
     c = override(engine.config, of_data)
     corpus, _ = build_corpus(
         c.data, engine.tokenizer, load_codec(c.data.codec, engine.device), engine.fmt, c.train.seq_len
     )
-    config, results = load_config(EvalConfig, None, [o for o in args.overrides if o not in of_data]), {}
+    config, results = load_config(EvalConfig, None, others), {}
     try:
         results.update(evaluate(engine, corpus, config))
     finally:  # what was found before a failure is not lost with it
@@ -303,14 +311,19 @@ def run_eval(args):
 def run_eval_codec(args):
     device = pick_device(args.device)
     codec = load_codec(args.codec, device)
-    of_data = [text.removeprefix("data.") for text in args.overrides if text.startswith("data.")]
-    others = [text for text in args.overrides if not text.startswith("data.")]
+    of_data, others = of_data_or_not(args.overrides)
     config = load_config(CodecEvalConfig, None, others)
-    crops, _ = build_crops(override(data_of(args.codec), of_data))
+    crops, _ = build_crops(override(data_of(args.codec), [text.removeprefix("data.") for text in of_data]))
     results = evaluate_codec(codec, crops, config, device)
     print(table(results))
     if args.json:
         write_json(args.json, results)
+
+
+def of_data_or_not(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """(those of other data than the run's own, those of the evaluation)."""
+    of_data = [text for text in overrides if text.startswith("data.")]
+    return of_data, [text for text in overrides if text not in of_data]
 
 
 def run_plan(args):
@@ -379,7 +392,9 @@ def run_export(args):
     if args.push:
         client()  # whether it is there is better known before the export than after
     out = export(args.model, args.out, args.dtype, args.license, address)
-    print(out)
+    is_model = (out / TOKENIZER).is_file()
+    use = f'transfusion generate {out} "a red apple"' if is_model else f"transfusion train CONFIG data.codec={out}"
+    print(f"{out}\ntry:  {use}")
     if args.push:
         print(f"{push(out, args.push)}\nits name from now on: {address}")
 

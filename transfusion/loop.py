@@ -105,6 +105,9 @@ def run_steps(
     c, t = config.train, training
     resolved, since = configs.to_dict(config), time.perf_counter()
     bad_in_a_row, done, counts, waited = 0, t.step, Counter(), 0.0
+    if done >= c.steps:
+        print(f"nothing is left to do: {done} steps are done of {c.steps}; to go on raise train.steps")
+        return t.saved
     folder = Run(run, t.step, c.steps, resolved, config.metrics.wandb_project)
     metrics = config.metrics if ranks.leads else replace(config.metrics, sinks=())
     with stop_signals(ranks.mesh is not None) as stopped, open_metrics(metrics, folder) as log, settled(t):

@@ -223,11 +223,7 @@ def join(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         ranks.wait()
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another has left: this one has yet to say why
-        with suppress(dist.DistError):  # where the store is gone the others know
-            if first := store.compare_set(FAILED, "", f"rank {rank}: {error}").decode():
-                if not first.startswith(f"rank {rank}: ") and not isinstance(error, ValueError | OSError):
-                    error = OSError(f"another rank has failed: {first}; here a {type(error).__name__}")
-        leave(rank, error)
+        leave(rank, error, store)
     ranks.rest()
     dist.destroy_process_group()
 
@@ -245,14 +241,28 @@ def meeting_place(patience: timedelta) -> dist.Store:
     return store
 
 
-def leave(rank: int, error: BaseException):
-    """Ends this process at once: to wait for others, which may be gone, could take for ever. They notice."""
-    if not isinstance(error, ValueError | OSError):  # those say all there is to say
+def leave(rank: int, error: BaseException, store: dist.Store):
+    """Ends this process at once: to wait for others, which may be gone, could take for ever. They notice.
+
+    It says why; or, where another failed first, that it ends as that one, or for it.
+    """
+    first = ""
+    with suppress(dist.DistError):  # where the store is gone the others know
+        first = store.compare_set(FAILED, "", f"rank {rank}: {error}").decode()
+    other, _, reason = first.partition(": ")
+    alone = other in ("", f"rank {rank}")
+    told = isinstance(error, ValueError | OSError)  # which say all there is to say
+    words = f" ends: {error}"
+    if not alone and reason == str(error):
+        words = f" ends as {other} does"
+    elif not alone and not told:
+        words = f" ends: another rank has failed: {first}; here a {type(error).__name__}"
+    elif not told:
         traceback.print_exception(error)
     if sys.stdout:  # what the ranks that do not lead print goes nowhere
         sys.stdout.flush()
-    print(f"rank {rank} ends: {error}", file=sys.stderr, flush=True)
-    os._exit(2 if isinstance(error, ValueError | OSError) else 1)
+    print(f"rank {rank}{words}\n", end="", file=sys.stderr, flush=True)  # at once, or ranks' lines run together
+    os._exit(1 if alone and not told else 2)
 
 
 def mesh_of(config: ParallelConfig, size: int, device: str) -> DeviceMesh:

@@ -25,13 +25,13 @@ def plan(config: RunConfig) -> str:
     check_compile(config.train, on)
     if p.shards or p.context > 1:
         raise ValueError(f"parallel.shards = {p.shards}, parallel.context = {p.context}: say how many ranks by --gpus")
-    memory = estimate_memory(config, on=on)
+    memory, (size, of) = estimate_memory(config, on=on), unit(config)
     return "\n".join(
         [
             *head(config),
             *rows(f"memory of one device ({on})", memory, 2**20, "MiB"),
             length_of(config),
-            f"a step counted as the paper counts, 6 N D: {count_6nd(config) / 1e9:,.2f} GFLOP",
+            f"a step counted as the paper counts, 6 N D: {count_6nd(config) / size:,.2f} {of}",
         ]
     )
 
@@ -40,8 +40,13 @@ def head(config: RunConfig) -> list[str]:
     """What does not depend on the devices."""
     return [
         *rows("parameters", parameters_of(config.model), 1e6, "M"),
-        *rows("a step, forward and backward", count_flops(config), 1e9, "GFLOP"),
+        *rows("a step, forward and backward", count_flops(config), *unit(config)),
     ]
+
+
+def unit(config: RunConfig) -> tuple[float, str]:
+    """In what a step's FLOPs are told."""
+    return (1e12, "TFLOP") if sum(count_flops(config).values()) > 1e13 else (1e9, "GFLOP")
 
 
 def rows(title: str, values: Mapping[str, float], scale: float, unit: str) -> list[str]:

@@ -29,6 +29,7 @@ from transfusion.tokenizer import Tokenizer, load_tokenizer
 
 PRECISIONS = ("auto", "bf16", "fp32")
 FLOAT8 = (8, 9)  # the least capability of a GPU that multiplies it
+UNUSED = 2  # times as many rows of the vocabulary as tokens are a mistake
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,16 @@ def same_codec(codec: Codec, data: DataConfig) -> Codec:
             "begin a new run"
         )
     return codec
+
+
+def check_vocabulary(config: RunConfig, fmt: Format) -> None:
+    """ValueError where most rows of the vocabulary would never be used: the tokenizer that they are for is missing."""
+    has, used = config.model.vocab_size, fmt.text_tokens + fmt.sides + fmt.codes
+    if has > UNUSED * used:
+        raise ValueError(
+            f"model.vocab_size = {has}, and only {used} tokens are ever used: name the data.tokenizer that it is meant "
+            f"for (now {config.data.tokenizer or 'the shipped one'}), or leave it out"
+        )
 
 
 def codes_of(config: RunConfig, codec: Codec) -> int:

@@ -31,7 +31,7 @@ from transfusion.evals.editing import draw_last, edits, sheet_items
 from transfusion.flops import count_packed
 from transfusion.generate import Engine
 from transfusion.llama import is_llama
-from transfusion.loop import NO_ROOM, Step, find_checkpoint, optional_sheet, restore, run_steps, start
+from transfusion.loop import NO_ROOM, Step, Training, find_checkpoint, optional_sheet, restore, run_steps, start
 from transfusion.loss import draw_noise, losses
 from transfusion.model.float8 import use_float8
 from transfusion.model.precision import empty_at_precision
@@ -43,6 +43,7 @@ from transfusion.pretrained import TOKENIZER, find
 from transfusion.run import (
     RunConfig,
     check_compile,
+    check_vocabulary,
     format_of,
     pick_device,
     same_codec,
@@ -77,31 +78,26 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     device = ranks.device
     float8, bf16 = uses_float8(config.train, device), uses_bf16(config.train.precision, device)
     check_compile(config.train, device.type)
-    at_once = micro_batches(config.train.rows, config.train.micro_batch, ranks.rows[1])  # refused before all else
+    micro_batches(config.train.rows, config.train.micro_batch, ranks.rows[1])  # or they are refused before all else
     codec = load_codec(config.data.codec, device)
     config, tokenizer = prepare(config, codec, found)
     config, fmt = with_statistics(config, codec, found), format_of(config, tokenizer, codec)
     same_codec(codec, config.data)
+    check_vocabulary(config, fmt)
     with ranks.lead_first():  # it encodes images, the others find them encoded
         corpus, reports = build_corpus(config.data, tokenizer, codec, fmt, config.train.seq_len)
     config = replace(config, data=corpus.config)
     for source, report in reports.items():
         print(f"{source}: {report.summary()}")
-    images = len(corpus.captions["train"])
-    held_out = sum(len(c) for c in corpus.captions.values()) - images
-    documents = {split: len(of_split) for split, of_split in corpus.interleaved.documents.items()}
-    print(
-        f"to train on: {images} images, {documents['train']} documents, {sum(s.texts for s in corpus.text)} texts; "
-        f"held out: {held_out} images, {documents['held_out']} documents, {len(corpus.held_out_text)} texts"
-    )
-
-    c = config.train
-    print(f"a step: {c.rows} rows of {c.seq_len} positions, of each rank {at_once[0]} x {at_once[1]} at once")
+    print(corpus.summary())
+    c, (n, at_once) = config.train, micro_batches(config.train.rows, config.train.micro_batch, ranks.rows[1])
+    of_rank = f", {n * at_once} of them this rank's" if ranks.mesh else ""
+    print(f"a step: {c.rows} rows of {c.seq_len} positions{of_rank}, {at_once} at once")
     model = build_model(config.model, "meta" if ranks.mesh else device)
     freeze(model, config.optim.freeze)
     if config.optim.freeze:
-        n, all_n = (sum(p.numel() for p in ps) for ps in (trained(model), model.parameters()))
-        print(f"{n:,} of {all_n:,} parameters train")
+        some, all_of = (sum(p.numel() for p in ps) for ps in (trained(model), model.parameters()))
+        print(f"{some:,} of {all_of:,} parameters train")
     if float8:
         use_float8(model.layers)
     recompute(model.layers, c.checkpointing)
@@ -109,25 +105,15 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
         model.compile_layers()
     if ranks.mesh:
         shard(model, ranks, bf16)
-    optimizers = build_optimizers(model, config.optim)
     state = checkpoint.read_state(found) if found else {}
     since = (state["step"], state["data"]) if found else None
     packer = Packer(corpus, fmt, config.seed, c.rows, c.seq_len, c.micro_batch, *ranks.rows, since)
     if found:
         same_tokens(run, run / TOKENIZER, tokenizer)
         config = match_steps(config, state)
-        training = restore(found, model, optimizers, config)
+        training = restore(found, model, build_optimizers(model, config.optim), config)
     else:
-        fresh(model, config, tokenizer, ranks)
-        if not c.steps:
-            seconds = seconds_per_step(model, optimizers, packer, config, ranks)
-            steps = max(1, int(60 * c.minutes / seconds))
-            print(f"{seconds:.3f} s a step: {steps} steps in {c.minutes:g} minutes")
-            config = replace(config, train=replace(c, steps=steps))
-            optimizers = build_optimizers(model, config.optim)
-            with redirect_stdout(None):  # it has said what there is to say
-                fresh(model, config, tokenizer, ranks)
-        training = start(model, optimizers, config)
+        config, training = begun(model, config, tokenizer, packer, ranks)
     if ranks.leads:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(configs.to_toml(config))
@@ -168,6 +154,21 @@ def train_with(ranks: Ranks, config: RunConfig, run: Path, found: Path | None) -
     return run_steps(
         run, config, training, batches, compute, sample, lambda step: {"data": packer.cursors(step)}, ranks
     )
+
+
+def begun(
+    model: Transfusion, config: RunConfig, tokenizer: Tokenizer, packer: Packer, ranks: Ranks
+) -> tuple[RunConfig, Training]:
+    """A training at step 0, and its config with a number of steps: found by measuring, where it gives minutes."""
+    fresh(model, config, tokenizer, ranks)
+    if not config.train.steps:
+        seconds, minutes = seconds_per_step(model, packer, config, ranks), config.train.minutes
+        steps = max(1, int(60 * minutes / seconds))
+        print(f"{seconds:.3f} s a step: {steps} steps in {minutes:g} minutes")
+        config = replace(config, train=replace(config.train, steps=steps))
+        with redirect_stdout(None):  # it has said what there is to say
+            fresh(model, config, tokenizer, ranks)
+    return config, start(model, build_optimizers(model, config.optim), config)
 
 
 def fresh(model: Transfusion, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks):
@@ -270,9 +271,9 @@ def nothing_of(model: Transfusion) -> Tensor:
     return sum((0 * p.sum() for m in parts for p in m.parameters() if p.requires_grad), torch.zeros(()))
 
 
-def seconds_per_step(model: Transfusion, optimizers: list, packer: Packer, config: RunConfig, ranks: Ranks) -> float:
+def seconds_per_step(model: Transfusion, packer: Packer, config: RunConfig, ranks: Ranks) -> float:
     """Median seconds of a step here and now, of the slowest rank; moves the weights, which the caller draws anew."""
-    seconds = []
+    seconds, optimizers = [], build_optimizers(model, config.optim)
     for step in range(CALIBRATION_STEPS):
         start = time.perf_counter()
         micro = packer.batches(step)

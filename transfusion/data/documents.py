@@ -206,6 +206,15 @@ class Corpus:
     def special(self) -> Special:
         return self.fmt.special
 
+    def summary(self) -> str:
+        """One line of what there is to train on, and what is held out."""
+        images, held_out = len(self.captions["train"]), sum(map(len, self.captions.values()))
+        documents = {split: len(of_split) for split, of_split in self.interleaved.documents.items()}
+        return (
+            f"to train on: {images} images, {documents['train']} documents, {sum(s.texts for s in self.text)} texts; "
+            f"held out: {held_out - images} images, {documents['held_out']} documents, {len(self.held_out_text)} texts"
+        )
+
     def without_networks(self) -> "Corpus":
         """The corpus for processes that only write documents: they need no more of a codec than its sizes."""
         if not self.codec.key:  # it encodes when it is asked to

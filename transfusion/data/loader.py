@@ -35,7 +35,10 @@ def micro_batches(rows: int, most: int, ranks: int = 1) -> tuple[int, int]:
 
     Ranks that share rows (parallel.context) count as one."""
     if rows % ranks:
-        raise ValueError(f"train.rows = {rows} do not part among {ranks} ranks: make train.rows a multiple of {ranks}")
+        raise ValueError(
+            f"train.rows = {rows} do not part among {ranks} ranks: start a number that divides them, or, in a new run, "
+            f"make train.rows a multiple of {ranks}"
+        )
     own = rows // ranks
     size = next(n for n in range(min(most or own, own), 0, -1) if own % n == 0)
     return own // size, size
