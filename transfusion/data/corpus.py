@@ -10,53 +10,41 @@ from transfusion.codec.codec import Codec
 from transfusion.data import latents as latent_cache
 from transfusion.data.arrays import Held, Joined
 from transfusion.data.built import is_built
-from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed, has_copies
-from transfusion.data.images import SPLITS, ImageSet, load_images
+from transfusion.data.documents import NOTHING, Captions, Corpus, DataConfig, Document, Interleaved, Placed
+from transfusion.data.images import SPLITS, load_images
 from transfusion.data.interleaved import DocumentSet, TextSegment, load_documents
 from transfusion.data.mixture import names_of
 from transfusion.data.report import Report
-from transfusion.data.sources import caption_room, captions_at, documents_at, text_at, too_long
-from transfusion.data.text import TextSet, load_text
+from transfusion.data.sources import CAPTION_TOO_LONG, Reading, captions_at, documents_at, text_at
+from transfusion.data.text import load_text
 from transfusion.data.windows import Stream
-from transfusion.sequence import Format, Text, image_length
+from transfusion.sequence import Format, Text
 from transfusion.tokenizer import Tokenizer
 
-STATISTICS_OF = (
-    16384  # images, or documents, of training, evenly spread, whose latents stand for all in their statistics
-)
+# images, or documents, of training, evenly spread, whose latents stand for all in their statistics
+STATISTICS_OF = 16384
 
 
 def build_corpus(
     config: DataConfig, tokenizer: Tokenizer, codec: Codec, fmt: Format, seq_len: int
 ) -> tuple[Corpus, dict[str, Report]]:
     """(all data of a config, what was left out of each source and why); the corpus's config has the statistics."""
-    grids = [
-        codec.grid(size, fmt.patch_size) for size in config.sizes
-    ]  # a wrong size is refused before images are read
-    reports: dict[str, Report] = {}
+    reading, reports = Reading(config, tokenizer, codec, fmt, seq_len), {}
+    need = 2 + min(reading.positions(size, reading.copies) for size in config.sizes)  # or a wrong size is refused
     of_images: list[dict[str, Captions]] = []
     for path in config.images:
-        if is_built(path):
-            found, reports[f"images {path}"] = captions_at(path, config, tokenizer, codec, fmt, seq_len)
-        else:
-            images, reports[f"images {path}"] = load_images(path, config.sizes)
-            found = {s: captions_of(images, s, config, tokenizer, codec, fmt, seq_len, reports) for s in SPLITS}
+        found, reports[f"images {path}"] = (captions_at if is_built(path) else captions_in)(path, reading)
         of_images.append(found)
     captions = {split: joined([found[split] for found in of_images]) for split in SPLITS}
     streams: list[Stream] = []
     held_out: list[str] = []
     for path, name in zip(config.text, names_of("text", config.text)):
-        if is_built(path):
-            stream, apart, reports[f"text {path}"] = text_at(path, name, tokenizer)
-        else:
-            texts, reports[f"text {path}"] = load_text(path)
-            stream, apart = stream_of(name, texts, tokenizer, fmt), texts.held_out
+        stream, apart, reports[f"text {path}"] = (text_at if is_built(path) else text_in)(path, name, reading)
         streams.append(stream)
         held_out += apart
     corpus = Corpus(config, fmt, codec, captions, tuple(streams), held_out)
-    corpus = with_documents(corpus, tokenizer, seq_len, reports)
+    corpus = with_documents(corpus, reading, reports)
     if config.image_share and not len(captions["train"]) + len(corpus.interleaved.documents["train"]):
-        need = 2 + min(image_length(grid, fmt, has_copies(config, fmt.codes)) for grid in grids)
         raise ValueError(
             f"no captioned image fits into seq_len = {seq_len}: an image alone takes {need} positions; raise "
             "train.seq_len or model.patch_size"
@@ -69,72 +57,68 @@ def joined(parts: Sequence[Captions]) -> Captions:
     return Captions(*(Joined(getattr(p, name) for p in parts) for name in ("images", "texts", "ids", "names")))
 
 
-def stream_of(name: str, texts: TextSet, tokenizer: Tokenizer, fmt: Format) -> Stream:
-    """The training texts of a source, one after the other, each closed by <eos>."""
-    works = [np.append(np.asarray(ids, np.int64), fmt.special.eos) for ids in tokenizer.encode_many(texts.train)]
-    return Stream(name, np.concatenate(works) if works else np.zeros(0, np.int64), len(works))
+def text_in(path: str, name: str, reading: Reading) -> tuple[Stream, list[str], Report]:
+    """The training texts of a source in memory, one after the other, each closed by <eos>; those held out."""
+    texts, report = load_text(path)
+    eos = reading.fmt.special.eos
+    works = [np.append(np.asarray(ids, np.int64), eos) for ids in reading.tokenizer.encode_many(texts.train)]
+    ids = np.concatenate(works) if works else np.zeros(0, np.int64)
+    return Stream(name, ids, len(works)), texts.held_out, report
 
 
-def captions_of(
-    images: ImageSet,
-    split: str,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    codec: Codec,
-    fmt: Format,
-    seq_len: int,
-    reports: dict[str, Report],
-) -> Captions:
-    """The captioned images of a split of a source; what does not fit into a row goes into `reports`."""
-    pixels, names, texts, ids = [], [], [], []
-    members = np.flatnonzero(images.split == split)
-    coded = iter(tokenizer.encode_many([text for i in members for text in images.captions[i]]))
-    for i in members:
-        of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
-        room = caption_room(images.images[i].shape[:2], config, codec, fmt, seq_len)
-        fits = [j for j, c in enumerate(of_image) if len(c) <= room]
-        source = f"images {images.name}"
-        if not fits:
-            reports[source] = reports[source].skip(too_long(seq_len), images.ids[i])
-            continue
-        if len(fits) < len(of_image):
-            reports[source] = reports[source].without_part("a caption of several, too long", images.ids[i])
-        pixels.append(images.images[i])
-        names.append(images.ids[i])
-        texts.append([images.captions[i][j] for j in fits])
-        ids.append([of_image[j] for j in fits])
-    return Captions(Held(pixels), texts, ids, names)
+def captions_in(path: str, reading: Reading) -> tuple[dict[str, Captions], Report]:
+    """The captioned images of a source in memory, by split; what of it is left out."""
+    images, report = load_images(path, reading.config.sizes)
+    found: dict[str, Captions] = {}
+    for split in SPLITS:
+        members = np.flatnonzero(images.split == split)
+        coded = iter(reading.tokenizer.encode_many([text for i in members for text in images.captions[i]]))
+        pixels, names, texts, ids = [], [], [], []
+        for i in members:
+            of_image = [np.asarray(next(coded), np.int64) for _ in images.captions[i]]
+            room = reading.caption_room(images.images[i].shape[:2])
+            fits = [j for j, c in enumerate(of_image) if len(c) <= room]
+            if not fits:
+                report = report.skip(reading.image_too_long, images.ids[i])
+                continue
+            if len(fits) < len(of_image):
+                report = report.without_part(CAPTION_TOO_LONG, images.ids[i])
+            pixels.append(images.images[i])
+            names.append(images.ids[i])
+            texts.append([images.captions[i][j] for j in fits])
+            ids.append([of_image[j] for j in fits])
+        found[split] = Captions(Held(pixels), texts, ids, names)
+    return found, report
 
 
-def with_documents(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, reports: dict[str, Report]) -> Corpus:
+def with_documents(corpus: Corpus, reading: Reading, reports: dict[str, Report]) -> Corpus:
     """The corpus with documents that have images anywhere; what does not fit into a row goes into `reports`."""
     images: list[Sequence[np.ndarray]] = []
     documents: dict[str, list[Sequence[Document]]] = {split: [] for split in NOTHING.documents}
     for path in corpus.config.documents:
         source, first = f"documents {path}", sum(map(len, images))
         if is_built(path):
-            of = path, first, corpus.config, tokenizer, corpus.codec, corpus.fmt, seq_len
-            pictures, found, reports[source] = documents_at(*of)
+            pictures, found, reports[source] = documents_at(path, first, reading)
             images.append(pictures)
         else:
-            loaded, reports[source] = load_documents(path, corpus.config.sizes)
+            loaded, report = load_documents(path, corpus.config.sizes)
             images.append(Held(list(loaded.images.values())))
             seen = replace(corpus, interleaved=replace(NOTHING, images=Joined(images)))
-            found = documents_of(loaded, first, seen, tokenizer, seq_len, reports)
+            found, reports[source] = documents_in(loaded, report, first, seen, reading)
         for split, of_split in documents.items():
             of_split.append(found[split])
     by_split = {split: Joined(of_sources) for split, of_sources in documents.items()}
     return replace(corpus, interleaved=Interleaved(Joined(images), by_split))
 
 
-def documents_of(
-    loaded: DocumentSet, first: int, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, reports: dict[str, Report]
-) -> dict[str, list[Document]]:
+def documents_in(
+    loaded: DocumentSet, report: Report, first: int, corpus: Corpus, reading: Reading
+) -> tuple[dict[str, list[Document]], Report]:
     """The documents of a source in memory, by split, whose images `corpus` has from number `first` on."""
     number = {name: first + i for i, name in enumerate(loaded.images)}
     documents: dict[str, list[Document]] = {split: [] for split in NOTHING.documents}
     texts = [part.text for document in loaded.documents for part in document if isinstance(part, TextSegment)]
-    coded = iter(tokenizer.encode_many(texts))
+    coded = iter(reading.tokenizer.encode_many(texts))
     for document, split, place, info in zip(loaded.documents, loaded.split, loaded.ids, loaded.info):
         segments = [
             Text(np.asarray(next(coded), np.int64), part.learn)
@@ -142,12 +126,11 @@ def documents_of(
             else Placed(number[part.image], part.learn)
             for part in document
         ]
-        if corpus.length(segments) > seq_len:
-            source = f"documents {loaded.name}"
-            reports[source] = reports[source].skip(f"document longer than seq_len = {seq_len}", place)
+        if corpus.length(segments) > reading.seq_len:
+            report = report.skip(reading.document_too_long, place)
         else:
             documents[str(split)].append(Document(segments, info, place))
-    return documents
+    return documents, report
 
 
 def with_latents(corpus: Corpus) -> Corpus:

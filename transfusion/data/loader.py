@@ -148,11 +148,11 @@ class Packer:
             f"{p.name}: {p.length} positions, a row has {self.seq_len}" for p in plans if p.length > self.seq_len
         ]
         plans = [plan for plan in plans if plan.length <= self.seq_len]
-        placed, left_over = first_fit([plan.length for plan in plans], self.pack_rows, self.seq_len)
-        while left_over:  # first-fit leaves the shortest over, and would never train on them
-            plans = plans[: -len(left_over)]
+        while True:
             placed, left_over = first_fit([plan.length for plan in plans], self.pack_rows, self.seq_len)
-        return [[plans[i] for i in row] for row in placed], too_long
+            if not left_over:
+                return [[plans[i] for i in row] for row in placed], too_long
+            plans = plans[: -len(left_over)]  # first-fit leaves the shortest over, and would never train on them
 
     def planned(self, pack: int) -> list[Row]:
         """The rows of a pack, from lengths alone, in an order in which ranks have alike much of everything."""

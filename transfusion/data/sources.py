@@ -1,4 +1,4 @@
-"""Built folders as sources of a run: what has no room in a row is left out, all else stays on disk.
+"""Sources as a run reads them; of built folders what has no room in a row is left out, all else stays on disk.
 
 data.images = FOLDER       captions_at    ->  Captions by split, Report
 data.text = FOLDER         text_at        ->  Stream, held-out texts, Report
@@ -26,33 +26,56 @@ from transfusion.data.windows import Stream
 from transfusion.sequence import Format, Text, image_length
 from transfusion.tokenizer import Tokenizer
 
-
-def caption_room(size: Size, config: DataConfig, codec: Codec, fmt: Format, seq_len: int) -> int:
-    """Tokens that a caption may have beside an image of (height, width) pixels."""
-    return seq_len - 2 - image_length(codec.grid(size, fmt.patch_size), fmt, has_copies(config, fmt.codes))
+CAPTION_TOO_LONG = "a caption of several, too long"
 
 
-def too_long(seq_len: int) -> str:
-    return f"caption and image longer than seq_len = {seq_len}"
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a run reads its sources for: rows of so many positions, written as its format says."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    codec: Codec
+    fmt: Format
+    seq_len: int
+
+    @property
+    def image_too_long(self) -> str:
+        return f"caption and image longer than seq_len = {self.seq_len}"
+
+    @property
+    def document_too_long(self) -> str:
+        return f"document longer than seq_len = {self.seq_len}"
+
+    @property
+    def copies(self) -> bool:
+        """Whether an image that something follows has a clean copy."""
+        return has_copies(self.config, self.fmt.codes)
+
+    def positions(self, size: Size, copy: bool) -> int:
+        """Of an image of (height, width) pixels."""
+        return image_length(self.codec.grid(size, self.fmt.patch_size), self.fmt, copy)
+
+    def caption_room(self, size: Size) -> int:
+        """Tokens that a caption may have beside such an image."""
+        return self.seq_len - 2 - self.positions(size, self.copies)
 
 
-def captions_at(
-    path: str, config: DataConfig, tokenizer: Tokenizer, codec: Codec, fmt: Format, seq_len: int
-) -> tuple[dict[str, Captions], Report]:
+def captions_at(path: str, reading: Reading) -> tuple[dict[str, Captions], Report]:
     """The captioned images of a built folder, by split; what was left out of it now."""
-    rooms = [caption_room(size, config, codec, fmt, seq_len) for size in config.sizes]
-    found, report = {}, Report(0)
-    for split, all_of in load_built_images(path, config.sizes, tokenizer).items():
+    sizes = reading.config.sizes
+    rooms, found, report = [reading.caption_room(size) for size in sizes], {}, Report(0)
+    for split, all_of in load_built_images(path, sizes, reading.tokenizer).items():
         fitting, out, less = keep_fitting(all_of, rooms)
         found[split] = Captions(*fitting)
-        report = report.without_all(too_long(seq_len), all_of.names.__getitem__, out)
-        report = report.without_all("a caption of several, too long", all_of.names.__getitem__, less)
+        report = report.without_all(reading.image_too_long, all_of.names.__getitem__, out)
+        report = report.without_all(CAPTION_TOO_LONG, all_of.names.__getitem__, less)
     return found, replace(report, kept=sum(map(len, found.values())))
 
 
-def text_at(path: str, name: str, tokenizer: Tokenizer) -> tuple[Stream, list[str], Report]:
+def text_at(path: str, name: str, reading: Reading) -> tuple[Stream, list[str], Report]:
     """The text of a built folder, some of what is held out, and how much there is."""
-    ids, held_out, counts = load_built_text(path, tokenizer)
+    ids, held_out, counts = load_built_text(path, reading.tokenizer)
     return Stream(name, ids, counts["train"]), held_out, Report(counts["all"])
 
 
@@ -77,17 +100,14 @@ class PlacedDocuments(Sequence):
         return Document(segments, info, self.built.name(i))
 
 
-def documents_at(
-    path: str, first: int, config: DataConfig, tokenizer: Tokenizer, codec: Codec, fmt: Format, seq_len: int
-) -> tuple[TarImages, dict[str, PlacedDocuments], Report]:
+def documents_at(path: str, first: int, reading: Reading) -> tuple[TarImages, dict[str, PlacedDocuments], Report]:
     """The images of a built folder, numbered from `first` on, its documents by split; what was left out now."""
-    images, by_split = load_built_documents(path, config.sizes, tokenizer)
-    grids = [codec.grid(size, fmt.patch_size) for size in config.sizes]
-    copies = (False, has_copies(config, fmt.codes))
-    lengths = np.array([[image_length(grid, fmt, copy) for copy in copies] for grid in grids])
+    sizes = reading.config.sizes
+    images, by_split = load_built_documents(path, sizes, reading.tokenizer)
+    lengths = np.array([[reading.positions(size, copy) for copy in (False, reading.copies)] for size in sizes])
     found, report = {}, Report(0)
     for split, documents in by_split.items():
-        longer = documents.longer(lengths, images, seq_len - 2)
-        report = report.without_all(f"document longer than seq_len = {seq_len}", documents.name, longer)
+        longer = documents.longer(lengths, images, reading.seq_len - 2)
+        report = report.without_all(reading.document_too_long, documents.name, longer)
         found[split] = PlacedDocuments(replace(documents, rows=documents.rows.without(longer)), first)
     return images, found, replace(report, kept=sum(map(len, found.values())))
