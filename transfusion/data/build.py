@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +47,7 @@ from transfusion.data.storage import has_size, is_remote, local, why
 from transfusion.data.text import HANDFUL, HELD_OUT_SHARE, LONG, split_texts
 
 Part = tuple[Shard, Path, dict[str, Any]]
+Moved = Callable[[int, np.ndarray], np.ndarray]  # (which part, some of its records): what they are among those of all
 AT_ONCE = 1 << 20  # records that are in memory at a time
 OURS = re.compile(r"(\.\d+-)?[0-9a-f]{20}-[0-9a-f]{16}(\.tar)?")  # names of parts and their tars, drafts of them too
 MERGED = re.compile(r"\.\w+-merged")  # what is joined before it takes its place
@@ -85,20 +86,15 @@ def require_own(out: Path, sources: Sequence[str]):
 
 
 def build_shards(shards: list[Shard], sources: Sequence[str], recipe: Recipe, workers: int) -> dict[str, Any]:
-    """The same of these shards."""
-    kind, out, tokenizer, columns = recipe
+    """dataset.json of the folder, of which this process has the lock, built of these shards."""
+    kind, out = recipe.kind, recipe.out
     for left in out.iterdir():
         if MERGED.fullmatch(left.name):  # of a kill, as large as all that is built
             shutil.rmtree(left)
     there = built_before(out, kind)
-    if there:
-        same = [known(shard) for shard in shards] == [
-            {k: s[k] for k in KNOWN} for s in there["shards"] if "problem" not in s
-        ]
-        same &= there["tokenizer"] == tokenizer_key(tokenizer) and there["columns"] == list(columns)
-        if same and all(has_size(out, *file) for file in files_of(there)):
-            print(f"{out} is built of these sources already")
-            return there
+    if there and is_of(there, shards, recipe):
+        print(f"{out} is built of these sources already")
+        return there
     made = list(make_parts(shards, recipe, workers))
     require_as_much(there, shards, made, out)
     parts = [(shard, folder_of(shard, recipe), part) for shard, part in zip(shards, made) if not isinstance(part, str)]
@@ -127,6 +123,15 @@ def built_before(out: Path, kind: str) -> dict[str, Any] | None:
     if held != (kind, FORMAT):
         raise ValueError(f"{out} holds {held[0]} of format {held[1]}: name another folder, or remove it")
     return there
+
+
+def is_of(there: dict[str, Any], shards: list[Shard], recipe: Recipe) -> bool:
+    """Whether the folder is whole, and what would be built."""
+    read = [{name: shard[name] for name in KNOWN} for shard in there["shards"] if "problem" not in shard]
+    asked = [known(shard) for shard in shards], tokenizer_key(recipe.tokenizer), list(recipe.columns)
+    return (read, there["tokenizer"], there["columns"]) == asked and all(
+        has_size(recipe.out, *file) for file in files_of(there)
+    )
 
 
 def require_as_much(there: dict[str, Any] | None, shards: list[Shard], made: list[dict[str, Any] | str], out: Path):
@@ -225,13 +230,18 @@ def blocks(folder: Path, name: str) -> Iterator[np.ndarray]:
     yield from (np.array(records[i : i + AT_ONCE]) for i in range(0, len(records), AT_ONCE))
 
 
-def join(parts: list[Part], name: str, out: Path) -> list[int]:
+def as_they_are(p: int, records: np.ndarray) -> np.ndarray:
+    return records
+
+
+def join(parts: list[Part], name: str, out: Path, moved: Moved = as_they_are) -> list[int]:
     """One array of all parts, one behind the other; where each begins."""
     with Growing(out / f"{name}.npy", load(parts[0][1], name).dtype) as whole:
         bases = []
-        for _, folder, _ in parts:  # one is open at a time: there may be more than a process may have open
+        for p, (_, folder, _) in enumerate(parts):  # one is open at a time: more may be than a process may have open
             bases.append(whole.n)
-            whole.append(load(folder, name))
+            for records in blocks(folder, name):
+                whole.append(moved(p, records))
     return bases
 
 
@@ -263,8 +273,8 @@ def drawn(parts: list[Part]) -> Iterator[np.ndarray]:
         yield from (choice["hash"][choice["split"] == 0] for choice in blocks(folder, "choice"))
 
 
-def by_split(parts: list[Part], kind: str, name: str, out: Path, moved) -> dict[str, list[int]]:
-    """Writes the records of all parts, `moved(part number, records)`, by split; [first, behind the last] of each."""
+def by_split(parts: list[Part], kind: str, name: str, out: Path, moved: Moved) -> dict[str, list[int]]:
+    """Writes the records of all parts by split; [first, behind the last] of each."""
     splits, limit = {}, limit_of(drawn(parts), images.HELD_OUT_SHARE, MIN_FOR_HELD_OUT)
     with Growing(out / f"{name}.npy", load(parts[0][1], name).dtype) as whole:
         for code, split in enumerate(SPLITS[kind]):
@@ -286,7 +296,7 @@ def merge_images(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]
     captions, letters = join_starts(parts, join(parts, "ids", out), out), join(parts, "letters", out)
 
     def moved(p: int, records: np.ndarray) -> np.ndarray:
-        records["tar"] = of_part[p][records["tar"]] if len(records) else 0
+        records["tar"] = of_part[p][records["tar"]]
         records["first"] += np.uint64(captions[p])
         records["name"] += np.uint64(letters[p])
         return records
@@ -297,28 +307,25 @@ def merge_images(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]
 def merge_documents(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
     tars, of_part = join_tars(parts)
     spoken, letters = join_starts(parts, join(parts, "ids", out), out), join(parts, "letters", out)
-    pictures, segments = [], []
-    with Growing(out / "images.npy", load(parts[0][1], "images").dtype) as whole:
-        for p, (_, folder, _) in enumerate(parts):
-            pictures.append(whole.n)
-            for records in blocks(folder, "images"):
-                records["tar"] = of_part[p][records["tar"]]
-                records["name"] += np.uint64(letters[p])
-                whole.append(records)
-    with Growing(out / "segments.npy", load(parts[0][1], "segments").dtype) as whole:
-        for p, (_, folder, _) in enumerate(parts):
-            segments.append(whole.n)
-            for records in blocks(folder, "segments"):
-                records["number"] += np.where(records["image"], pictures[p], spoken[p]).astype(np.uint64)
-                whole.append(records)
 
-    def moved(p: int, records: np.ndarray) -> np.ndarray:
+    def of_image(p: int, records: np.ndarray) -> np.ndarray:
+        records["tar"] = of_part[p][records["tar"]]
+        records["name"] += np.uint64(letters[p])
+        return records
+
+    def of_segment(p: int, records: np.ndarray) -> np.ndarray:
+        records["number"] += np.where(records["image"], pictures[p], spoken[p]).astype(np.uint64)
+        return records
+
+    def of_document(p: int, records: np.ndarray) -> np.ndarray:
         records["first"] += np.uint64(segments[p])
         for name in ("name", "info"):
             records[name] += np.uint64(letters[p])
         return records
 
-    return {"splits": by_split(parts, "documents", "documents", out, moved), "tars": tars}
+    pictures = join(parts, "images", out, of_image)
+    segments = join(parts, "segments", out, of_segment)
+    return {"splits": by_split(parts, "documents", "documents", out, of_document), "tars": tars}
 
 
 def merge_text(parts: list[Part], recipe: Recipe, out: Path) -> dict[str, Any]:
