@@ -45,20 +45,25 @@ CASES = [
 ]
 
 
-def measure(case: Case, checkpointing: str) -> dict[str, float]:
-    """MiB that a step takes by plan, and that it took in this process."""
+def planned(case: Case, checkpointing: str) -> dict[str, float]:
+    """Bytes that a step takes by plan."""
     config = ours.config_of(case)
     config = replace(config, train=replace(config.train, checkpointing=checkpointing))
     found = rehearse(config, ours.batch_of(case, content(case, 0)), on="cpu")
     weights = 4 * sum(p.numel() for p in build_model(config.model, "meta").parameters())
+    return {"plan": 3 * weights + found.peak, "activations": found.activations, "weights": weights}
+
+
+def measure(case: Case, checkpointing: str) -> dict[str, float]:
+    """MiB that a step takes by plan, and that it took in this process."""
+    plan = planned(case, checkpointing)
     step_of(replace(case, dim=64, heads=1, depth=1, documents=1, seq_len=0), checkpointing)(0)
     before = resident("VmRSS")
     step = step_of(case, checkpointing)
     for i in range(STEPS):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         step(i)
-    planned = {"plan": 3 * weights + found.peak, "activations": found.activations, "weights": weights}
-    return {name: n / 2**20 for name, n in {**planned, "measured": memory("cpu") - before}.items()}
+    return {name: n / 2**20 for name, n in {**plan, "measured": memory("cpu") - before}.items()}
 
 
 def step_of(case: Case, checkpointing: str) -> Callable[[int], None]:

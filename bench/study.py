@@ -94,7 +94,7 @@ def settings_of(study: Study, overrides: list[str]) -> dict:
 
 def as_of_now(settings: dict) -> dict:
     """Settings on record, with the defaults of options that have come since."""
-    return json.loads(json.dumps(settings | {"config": to_dict(stored_config(settings["config"]))}))
+    return json.loads(json.dumps(settings | {"config": to_dict(stored_config(settings["config"], "a run on record"))}))
 
 
 def of_a_step(config: RunConfig, codec: Codec) -> dict[str, float]:

@@ -35,8 +35,8 @@ def fail():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     elif kind == "loses a worker":
         os.kill(max(children()), signal.SIGKILL)
-    elif kind == "is told to stop":
-        os.kill(os.getpid(), signal.SIGUSR1)
+    elif kind.startswith("is told by "):
+        os.kill(os.getpid(), signal.Signals[kind.removeprefix("is told by ")])
 
 
 def faulty(model, micro, config, now, *more):

@@ -127,6 +127,12 @@ def test_only_the_newest_are_kept(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_100000000"
 
 
+def test_beyond_the_newest_those_of_a_round_step_are_kept(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, keep=2, every=3)
+    assert step_names(tmp_path) == [f"step_{step:08d}" for step in (3, 6, 7)]
+
+
 def test_later_checkpoints_of_another_run_are_not_removed(tmp_path):
     for step in (10, 20, 5):
         save(tmp_path, step, keep=1)

@@ -409,6 +409,22 @@ def test_exported_weights_of_another_model_are_not_loaded(trained, tmp_path, cap
     assert "does not fit this model" in error_line(capsys)
 
 
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_damaged_weights_and_configs_of_other_versions_say_where_they_are(command, trained, tmp_path, capsys):
+    folder, more = tmp_path / "tiny", ["x"] if command == "generate" else [str(tmp_path / "again")]
+    assert main(["export", str(trained), str(folder)]) == 0
+    file, config = folder / "model.safetensors", folder / "config.json"
+    whole, stored = file.read_bytes(), json.loads(config.read_text())
+    file.write_bytes(whole[:1000])
+    capsys.readouterr()
+    assert main([command, str(folder), *more]) == 2
+    assert f"{file} is damaged: " in error_line(capsys)
+    file.write_bytes(whole)
+    config.write_text(json.dumps(stored | {"train": {"gone": 1}}))
+    assert main([command, str(folder), *more]) == 2
+    assert f"{config} has no config of this version: unknown key train.gone" in error_line(capsys)
+
+
 def test_export_overwrites_no_folder(trained, tmp_path, capsys):
     assert main(["export", str(trained), str(tmp_path)]) == 2
     assert "exists already" in error_line(capsys)

@@ -1,17 +1,19 @@
 """The loop by itself: what it calls at which step, with any model; trainings of models and codecs test the rest."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from transfusion import loop
+from transfusion import checkpoint, loop
 from transfusion.checkpoint import latest_checkpoint
 from transfusion.config import to_dict
 from transfusion.loop import Step, find_checkpoint, restore, run_steps, start
 from transfusion.metrics import MetricsConfig, read_records
 from transfusion.optim import OptimConfig, averaged, build_optimizers
+from transfusion.weights import read_weights
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def config(**train) -> SimpleNamespace:
     return SimpleNamespace(train=SimpleNamespace(**intervals), optim=optim, metrics=MetricsConfig(("jsonl",)))
 
 
-def run(folder, c, resume=False):
+def run(folder, c, resume=False, reached=lambda step: None):
     """Trains one number towards the batch's; returns (checkpoint, weights seen by each sample, batches computed)."""
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
@@ -46,6 +48,7 @@ def run(folder, c, resume=False):
     sampled, computed = [], []
 
     def compute(step, batch):
+        reached(step)
         computed.append((step, batch))
         model.weight.grad = torch.sign(model.weight.detach() - batch)
         return Step(model.weight.grad.norm(), {"images": 2}, lambda: {"loss": float(batch)})
@@ -103,6 +106,23 @@ def test_samples_see_the_average_and_the_model_has_its_own_weights_after(tmp_pat
     _, sampled, _, model, training = run(tmp_path, config(sample_every=7))
     assert sampled[0][1] == pytest.approx(training.ema[0].item())
     assert model.weight.item() != pytest.approx(training.ema[0].item())
+
+
+def test_an_async_checkpoint_is_written_while_steps_go_on_with_the_weights_of_its_own(tmp_path, monkeypatch):
+    run(tmp_path / "waited", config(steps=8, save_every=4))
+    write, later, waited = checkpoint.write, threading.Event(), []
+
+    def slow(*of_it):
+        waited.append(later.wait(60))
+        return write(*of_it)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    c = config(steps=8, save_every=4, save_async=True)
+    saved, *_ = run(tmp_path / "async", c, reached=lambda step: step == 6 and later.set())
+    assert saved.name == "step_00000008" and waited == [True, True], "step 6 came while that of step 4 was written"
+    for step in (4, 8):
+        a, b = (read_weights(tmp_path / name / f"checkpoints/step_0000000{step}") for name in ("async", "waited"))
+        assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path, capsys):

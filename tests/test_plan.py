@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import memory
@@ -46,7 +46,9 @@ def test_a_sheet_takes_the_whole_model_in_the_precision_that_it_is_drawn_in():
         drawing_memory(full) == 4 * n
         and 2 * n < drawing_memory(replace(CONFIG, train=replace(CONFIG.train, precision="bf16"))) < 4 * n
     )
-    assert "a sheet: " in plan_cluster(CONFIG, Cluster(4))
+    drawing = replace(CONFIG, train=replace(CONFIG.train, sample_every=9))
+    assert ["a sheet: " in plan_cluster(drawing, Cluster(n)) for n in (1, 4)] == [False, True]
+    assert "a sheet: " not in plan_cluster(replace(drawing, train=replace(drawing.train, sample_every=0)), Cluster(4))
 
 
 def test_speeds_follow_from_the_flops_of_a_step():
@@ -142,6 +144,16 @@ def test_the_measured_table_of_the_scaling_page_is_that_of_the_results():
     for line in found:
         if line["allocator"] == "mapped":
             assert line["measured"] == pytest.approx(line["plan"], rel=0.15)
+
+
+def test_the_plan_of_now_is_within_15_percent_of_what_steps_of_three_sizes_took():
+    lines = (ROOT / "bench/results/2026-11-23-memory/results.jsonl").read_text().splitlines()
+    found = [
+        line for line in map(json.loads, lines) if (line["checkpointing"], line["allocator"]) == ("none", "mapped")
+    ]
+    for line, case in zip(found, memory.CASES[:3]):
+        assert line["case"].items() <= json.loads(json.dumps(asdict(case))).items(), "which has options since"
+        assert memory.planned(case, "none")["plan"] / 2**20 == pytest.approx(line["measured"], rel=0.15)
 
 
 def test_the_plan_is_within_a_tenth_of_what_an_h100_took():

@@ -12,7 +12,7 @@ from test_train import Stop, assert_same_runs, records
 from transfusion import config as configs
 from transfusion import train_codec as loop
 from transfusion.checkpoint import latest_checkpoint, read_state
-from transfusion.codec.autoencoder import CodecConfig
+from transfusion.codec.autoencoder import Autoencoder, CodecConfig
 from transfusion.codec.discriminator import DiscriminatorConfig, hinge
 from transfusion.codec.loss import LossConfig, Networks, build_distances, gradients
 from transfusion.data.arrays import Held
@@ -195,6 +195,17 @@ def test_the_use_of_a_codebook_is_its_share_and_its_perplexity():
     use = torch.tensor([2.0, 2.0, 0.0, 0.0])
     assert codebook_use(use) == pytest.approx({"codes_used": 0.5, "perplexity": 2.0})
     assert codebook_use(torch.ones(9)) == pytest.approx({"codes_used": 1.0, "perplexity": 9.0})
+
+
+def test_a_sheet_of_images_of_which_none_can_be_read_is_left_out(tiny, tmp_path):
+    class Gone(Held):
+        def read(self, numbers):
+            return ["gone" for _ in numbers]
+
+    crops, _ = build_crops(tiny.data)
+    gone = replace(crops, splits={split: Gone(list(of)) for split, of in crops.splits.items()})
+    loop.draw_samples(Autoencoder(KL), gone, nullcontext, tmp_path / "samples/sheet.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_that_cannot_be_read_are_named_counted_and_limited(tiny, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def prepare(config: RunConfig, codec: Codec, found: Path | None) -> tuple[RunCon
     if found is None or not is_llama(config.init):
         return resolve(config, codec), load_own_tokenizer(config)
     run = found.parents[1]
-    began = stored_config(checkpoint.read_state(found)["config"]).model
+    began = stored_config(checkpoint.read_state(found)["config"], found).model
     names = (*SIZES, "rope_base", "rope_scaling")
     config = with_sizes(config, str(run), {name: getattr(began, name) for name in names})
     tokenizer = load_tokenizer(run / TOKENIZER)

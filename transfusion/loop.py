@@ -129,6 +129,8 @@ def run_steps(
             counts.update(n)
             stop, writing = ranks.most(bool(stopped), bool(t.saving and not t.saving.done()))
             last = done == c.steps or bool(stop)
+            if not writing:  # on all ranks at once, so that all say what kept it from being written
+                settle(t)
             if every(c.log_every, done) or last or bad_in_a_row:
                 seconds = time.perf_counter() - since
                 speeds = {f"{unit}_per_second": number / seconds for unit, number in counts.items()}
@@ -149,7 +151,7 @@ def run_steps(
                 save(run, t, {**beside(done), "config": resolved}, c, ranks)
             if every(c.sample_every, done) and not stop:  # who sent the signal waits for the checkpoint alone
                 sample(run / "samples" / f"step_{done:08d}.png")
-            if not writing or last:  # on all ranks at once, so that all say what kept it from being written
+            if last:
                 settle(t)
             since += time.perf_counter() - paused  # sheets and checkpoints are no training
             if last:

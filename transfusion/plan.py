@@ -83,6 +83,7 @@ class Scaled:
     drawn: float  # images
     read: float  # bytes of both, as they lie on disk; of pixels as if they were not compressed
     saved: float  # bytes of a checkpoint
+    sheet: float  # bytes of weights that rank 0 gathers to draw; 0 = it draws with its own, or nothing
 
 
 def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
@@ -124,6 +125,7 @@ def scale(config: RunConfig, cluster: Cluster, gpu: str, mfu: float) -> Scaled:
         drawn=drawn,
         read=token * texts + image * drawn,
         saved=cluster.of_shard * sum(kept[name] for name in ("weights", "optimizer", "average")),
+        sheet=sheet,
     )
 
 
@@ -156,8 +158,8 @@ def plan_cluster(
     lines.append(f"  of each GPU: {s.tokens / n:,.0f} positions/s, {s.images / n:,.2f} images/s")
     saved = f"{s.saved / 1e9:,.1f} GB, {s.saved / 1e9 / cluster.of_shard:,.2f} of a GPU that holds a shard"
     lines.append(f"a checkpoint: {saved}; {s.saved / 1e9 / storage:,.1f} s at {storage:g} GB/s")
-    whole = drawing_memory(config) / 1e9
-    lines.append(f"a sheet: {whole:,.1f} GB of weights on rank 0, whole, beside its shards")
+    if s.sheet:
+        lines.append(f"a sheet: {s.sheet / 1e9:,.1f} GB of weights on rank 0, whole, beside its shards")
     lines += ["", length_of(config)]
     if c.steps:
         lines.append(f"  {s.days:,.2f} days, {s.days * 24 * n:,.0f} GPU hours")

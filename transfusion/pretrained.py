@@ -54,9 +54,10 @@ def find(name: str | Path) -> Trained:
         )
     if (folder / CONFIG).is_file():
         try:
-            config = stored_config(json.loads((folder / CONFIG).read_text()))
+            saved = json.loads((folder / CONFIG).read_text())
         except ValueError as error:
-            raise ValueError(f"{folder / CONFIG} is no config of this version: {error}") from None
+            raise ValueError(f"{folder / CONFIG} is damaged: {error}; export the model again") from None
+        config = stored_config(saved, folder / CONFIG)
         for file in (WEIGHTS, TOKENIZER):
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}: export the model again")
@@ -71,7 +72,7 @@ def find(name: str | Path) -> Trained:
         raise ValueError(
             f"{folder} holds no checkpoint and no {CONFIG}: it is no run, or the run has saved nothing yet"
         )
-    config = stored_config(checkpoint.read_state(step)["config"])
+    config = stored_config(checkpoint.read_state(step)["config"], step)
     return Trained(config, step, step.resolve().parents[1] / TOKENIZER)
 
 

@@ -7,6 +7,7 @@ RUN/checkpoints/step_00001000/                     the last few, each complete o
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -250,13 +251,17 @@ def pick_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def stored_config(saved: dict[str, Any]) -> RunConfig:
-    """The config of a run or an export as it was saved, also by versions that named `train.micro_batch` otherwise."""
+def stored_config(saved: dict[str, Any], path: str | Path) -> RunConfig:
+    """The config of a run or an export as it was saved at `path`, also by versions that named `train.micro_batch`
+    otherwise; ValueError where this version does not know it."""
     train = dict(saved.get("train", {}))
     parts = train.pop("accumulate", 1)
     if parts > 1:
         train["micro_batch"] = train.get("rows", TrainConfig.rows) // parts
-    return from_dict(RunConfig, {**saved, "train": train})
+    try:
+        return from_dict(RunConfig, {**saved, "train": train})
+    except ValueError as error:
+        raise ValueError(f"{path} has no config of this version: {error}") from None
 
 
 def check_compile(config: TrainConfig, on: str) -> None:

@@ -292,7 +292,7 @@ def with_statistics(config: RunConfig, codec: Codec, found: Path | None) -> RunC
     """
     if not (found or config.init) or (not found and is_llama(config.init)):
         return config
-    began = stored_config(checkpoint.read_state(found)["config"]) if found else find(config.init).config
+    began = stored_config(checkpoint.read_state(found)["config"], found) if found else find(config.init).config
     if not found and began.data.codec_key not in ("", codec.key):
         print(
             f"{config.init} has learned latents of other weights ({began.data.codec}) than those of "

@@ -183,5 +183,7 @@ def draw_samples(autoencoder: Autoencoder, crops: Crops, autocast, path: Path):
         with autocast():
             made = to_bytes(reconstruct(autoencoder, to_tensor(originals, device))).cpu().numpy()
         items += [(split.replace("_", " "), pair) for pair in zip(originals, made)]
+    if not items:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(items).save(path)

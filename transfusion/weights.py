@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from transfusion.shards import METADATA, kinds, read_shards
@@ -53,8 +52,9 @@ def load_weights(
 
 def read_weights(path: Path, averaged: bool = True) -> dict[str, Tensor]:
     """All weights of an exported file or a checkpoint, on the CPU."""
-    if not (path / METADATA).is_file():
-        return load_file(path)
+    if path.is_file():
+        with opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
     stored = kinds(path)
     tensors = {
         name: torch.empty(stored[key].shape, dtype=stored[key].dtype) for name, key in keys_of(stored, averaged).items()
@@ -67,6 +67,16 @@ def keys_of(stored: Iterable[str], averaged: bool) -> dict[str, str]:
     """Under what each weight is stored in a checkpoint; `averaged`: its average where one was kept."""
     kinds = (MODEL, EMA) if averaged else (MODEL,)
     return {key.removeprefix(kind): key for kind in kinds for key in stored if key.startswith(kind)}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safetensors.safe_open]:
+    """An exported file; ValueError where it is damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; export the model again, or fetch it again") from None
 
 
 def open_weights(path: Path, averaged: bool = True) -> Source:
@@ -83,21 +93,13 @@ def open_weights(path: Path, averaged: bool = True) -> Source:
     if not path.is_file():
         raise ValueError(f"there is no {path}")
 
-    @contextmanager
-    def opened() -> Iterator[safetensors.safe_open]:
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                yield file
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}; export the model again, or fetch it again") from None
-
     @torch.no_grad()
     def read(tensors: dict[str, Tensor]):
-        with opened() as file:
+        with opened(path) as file:
             for name, tensor in tensors.items():  # one at a time: never all of it twice
                 tensor.copy_(file.get_tensor(name))
 
-    with opened() as file:
+    with opened(path) as file:
         return Source({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, read)
 
 
