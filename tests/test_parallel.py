@@ -29,6 +29,7 @@ RUNS = {
     # three matrices for Muon, and a rank that owns none
     "few matrices": ["optim.name=muon", "model.n_layers=1", "model.separate=ffn", "optim.freeze=text"],
 }
+FLOAT8 = ["train.float8=true", "train.precision=bf16"]
 OF_FOUR = ("adamw", "muon", "few images", "few matrices", "frozen text")
 
 
@@ -41,24 +42,25 @@ def job(config: Path, out: Path, *overrides: str, **more) -> dict:
     return {"config": config, "overrides": [*SHORT, *overrides], "out": out, **more}
 
 
-def assert_alike(one: Path, other: Path, steps: int = 20):
+def assert_alike(one: Path, other: Path, steps: int = 20, rtol: float = 1e-5):
     """The same steps and losses, nearly the same norms and weights."""
     a, b = (read_records(run / "metrics.jsonl") for run in (one, other))
     assert [r["step"] for r in a] == [r["step"] for r in b] == list(range(1, steps + 1))
-    for key, rtol in {"lm_loss": 1e-5, "image_loss": 1e-5, "grad_norm": 1e-3, "lr": 0, "skipped": 0}.items():
+    bounds = {"lm_loss": rtol, "image_loss": rtol, "grad_norm": 100 * rtol, "lr": 0, "skipped": 0}
+    for key, bound in bounds.items():
         x, y = (torch.tensor([r[key] for r in of_run], dtype=torch.float64) for of_run in (a, b))
-        assert torch.allclose(x, y, rtol, atol=1e-9, equal_nan=True), f"{other.name}: {key} is {y}, not {x}"
+        assert torch.allclose(x, y, bound, atol=1e-9, equal_nan=True), f"{other.name}: {key} is {y}, not {x}"
     a, b = (stored(latest_checkpoint(run / "checkpoints")) for run in (one, other))
     assert a.keys() == b.keys()
-    assert max((a[name] - b[name]).abs().max() for name in a if not name.startswith("optimizer.")) < 2e-3
+    assert max((a[name] - b[name]).abs().max() for name in a if not name.startswith("optimizer.")) < 200 * rtol
 
 
 def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(config, tmp_path):
-    for name, overrides in RUNS.items():
+    for name, overrides in (RUNS | {"float8": FLOAT8}).items():
         train(load_config(RunConfig, config, [*SHORT, *overrides]), tmp_path / f"1 {name}")
     launch(
         2,
-        [job(config, tmp_path / f"2 {name}", *overrides) for name, overrides in RUNS.items()]
+        [job(config, tmp_path / f"2 {name}", *overrides) for name, overrides in (RUNS | {"float8": FLOAT8}).items()]
         + [job(config, tmp_path / "2 on 2", **{"from": [tmp_path / "2 adamw", 10]})]
         + [job(config, tmp_path / "1 on 2", *RUNS["muon"], **{"from": [tmp_path / "1 muon", 10]})],
         tmp_path,
@@ -79,6 +81,7 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
     train(load_config(RunConfig, config, [*SHORT, "train.micro_batch=1"]), tmp_path / "1 in parts")
     for name in RUNS:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"2 {name}")
+    assert_alike(tmp_path / "1 float8", tmp_path / "2 float8", rtol=1e-3)  # sums in bf16 round otherwise
     for name in OF_FOUR:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"4 {name}")
     assert_alike(tmp_path / "1 own weights", tmp_path / "4, 2 a row")
