@@ -29,7 +29,6 @@ RUNS = {
     # three matrices for Muon, and a rank that owns none
     "few matrices": ["optim.name=muon", "model.n_layers=1", "model.separate=ffn", "optim.freeze=text"],
 }
-FLOAT8 = ["train.float8=true", "train.precision=bf16"]
 OF_FOUR = ("adamw", "muon", "few images", "few matrices", "frozen text")
 
 
@@ -56,11 +55,11 @@ def assert_alike(one: Path, other: Path, steps: int = 20, rtol: float = 1e-5):
 
 
 def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(config, tmp_path):
-    for name, overrides in (RUNS | {"float8": FLOAT8}).items():
+    for name, overrides in RUNS.items():
         train(load_config(RunConfig, config, [*SHORT, *overrides]), tmp_path / f"1 {name}")
     launch(
         2,
-        [job(config, tmp_path / f"2 {name}", *overrides) for name, overrides in (RUNS | {"float8": FLOAT8}).items()]
+        [job(config, tmp_path / f"2 {name}", *overrides) for name, overrides in RUNS.items()]
         + [job(config, tmp_path / "2 on 2", **{"from": [tmp_path / "2 adamw", 10]})]
         + [job(config, tmp_path / "1 on 2", *RUNS["muon"], **{"from": [tmp_path / "1 muon", 10]})],
         tmp_path,
@@ -81,7 +80,6 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
     train(load_config(RunConfig, config, [*SHORT, "train.micro_batch=1"]), tmp_path / "1 in parts")
     for name in RUNS:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"2 {name}")
-    assert_alike(tmp_path / "1 float8", tmp_path / "2 float8", rtol=1e-3)  # sums in bf16 round otherwise
     for name in OF_FOUR:
         assert_alike(tmp_path / f"1 {name}", tmp_path / f"4 {name}")
     assert_alike(tmp_path / "1 own weights", tmp_path / "4, 2 a row")
@@ -94,6 +92,16 @@ def test_any_number_of_ranks_trains_as_one_and_goes_on_from_what_others_saved(co
         "step_00000010",
         "step_00000020",
     ]
+
+
+def test_ranks_in_float8_train_as_one_does(config, tmp_path):
+    float8 = ["train.float8=true", "train.precision=bf16"]
+    try:
+        train(load_config(RunConfig, config, [*SHORT, *float8]), tmp_path / "one")
+    except NotImplementedError:
+        pytest.skip("this torch has no float8 on a CPU")
+    launch(2, [job(config, tmp_path / "two", *float8)], tmp_path)
+    assert_alike(tmp_path / "one", tmp_path / "two", rtol=1e-3)  # sums in bf16 round otherwise
 
 
 def test_ranks_of_which_one_has_but_a_given_image_add_up_the_same_gradients(config, tmp_path):
